@@ -1,0 +1,33 @@
+# Thin: each target makes its own .venv first. PYTHON picks the interpreter that the venv is made with.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test lint format bench slow
+
+demo: .venv/installed
+	$(RUN) -m mmtrain fit -c configs/rankclip_emoji.yaml
+
+test: .venv/installed lint
+	$(RUN) -m pytest
+
+slow: .venv/installed
+	$(RUN) -m pytest -m slow --timeout 3000
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: .venv/installed
+	$(RUN) -m tests.benchmarks.list_loss
+	$(RUN) -m tests.benchmarks.loader
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmtrain needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install --quiet -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Data of mmtrain: readers, loaders and LightningDataModules. Knows no model."""

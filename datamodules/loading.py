@@ -1,0 +1,220 @@
+"""Loaders whose order is a pure function of (seed, epoch, position), whatever the number of processes and workers."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mmtrain.config_errors import UserError
+
+LOSS_CHECK_FROM = 1000  # samples read before the share of lost ones is judged
+
+
+class Draw(NamedTuple):
+    """One place in the data order: which sample, and the numbers that seed its random transforms."""
+
+    sample: int
+    seed: int
+    epoch: int
+    position: int
+
+    def generator(self) -> np.random.Generator:
+        """Random numbers of this draw."""
+        return np.random.default_rng((self.seed, self.epoch, self.position))
+
+
+class BatchDataset(Protocol):
+    """A data set that the loaders can read: it is given a whole batch of draws at once."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, draws: list[Draw]) -> dict[str, Any]:
+        """The collated batch; key "skipped" holds a dict of reason -> count."""
+
+
+def epoch_order(
+    num_samples: int, seed: int, epoch: int, shard_starts: np.ndarray | None = None, shuffle_shards: int | None = None
+) -> np.ndarray:
+    """Permutation of the samples [num_samples] for one epoch.
+
+    With `shuffle_shards` = k the shards are permuted, and samples are mixed among k neighbouring shards only, so that
+    a slow disk or a small page cache sees k files at a time; None mixes all samples.
+
+    Args:
+        shard_starts: [number of shards + 1], sample offsets of the shards; needed with `shuffle_shards`.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    if shuffle_shards is None or shard_starts is None:
+        return generator.permutation(num_samples)
+    shards = generator.permutation(len(shard_starts) - 1)
+    groups = [shards[i : i + shuffle_shards] for i in range(0, len(shards), shuffle_shards)]
+    return np.concatenate(
+        [
+            generator.permutation(np.concatenate([np.arange(shard_starts[s], shard_starts[s + 1]) for s in group]))
+            for group in groups
+        ]
+    )
+
+
+class TrainLoader:
+    """Endless-epoch training loader: equal batches on every process, exact state inside an epoch.
+
+    The global batch is a run of `batch_size` places of the epoch's order; process r of n takes its r-th part, so that
+    the samples of a step do not depend on n. What is left at the end of an epoch is dropped (another part each time).
+    `state_dict` counts batches handed out, so a loader that resumes reads nothing twice, with any number of workers.
+
+    Args:
+        batch_size: GLOBAL batch size; must be divisible by the number of processes.
+        max_lost: share of samples that may be unreadable before training stops, in [0, 1].
+
+    Raises:
+        UserError: batch size not divisible, more than the data, or too many samples lost.
+    """
+
+    def __init__(
+        self,
+        dataset: BatchDataset,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        shard_starts: np.ndarray | None = None,
+        shuffle_shards: int | None = None,
+        max_lost: float = 0.01,
+    ) -> None:
+        if batch_size % world_size:
+            raise UserError(
+                f"batch_size: the global batch of {batch_size} cannot be divided among {world_size} processes"
+            )
+        if batch_size > len(dataset):
+            raise UserError(
+                f"batch_size: the global batch of {batch_size} is larger than the {len(dataset)} samples found"
+            )
+        self.dataset, self.batch_size, self.seed, self.max_lost = dataset, batch_size, seed, max_lost
+        self.local, self.rank = batch_size // world_size, rank
+        self.shards = (shard_starts, shuffle_shards)
+        self.epoch = self.position = 0  # position counts batches of this epoch that were handed out
+        self.counts: Counter[str] = Counter()
+        self.sampler = _Batches(self)  # Lightning looks for `sampler.set_epoch`
+        self._loader = _dataloader(dataset, self.sampler, num_workers, pin_memory)
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._loader:
+            self.position += 1
+            self._count(batch.pop("skipped"))
+            yield batch
+
+    def batches(self) -> Iterator[list[Draw]]:
+        """Draws of this process from the present position to the end of the epoch."""
+        order = epoch_order(len(self.dataset), self.seed, self.epoch, *self.shards)
+        for batch in range(self.position, len(self)):
+            start = batch * self.batch_size + self.rank * self.local
+            yield [
+                Draw(int(sample), self.seed, self.epoch, start + i)
+                for i, sample in enumerate(order[start : start + self.local])
+            ]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start `epoch` from its beginning, unless it is already the present one."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place in the order, and the counters."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "samples": len(self.dataset),
+            "counts": dict(self.counts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the last batch that was handed out.
+
+        Raises:
+            UserError: the data now holds another number of samples, so the order would be another.
+        """
+        if state["samples"] != len(self.dataset):
+            raise UserError(
+                f"the checkpoint was made with {state['samples']} training samples, now there are {len(self.dataset)}: "
+                "restore the data, or start a new run from the weights"
+            )
+        self.epoch, self.position, self.counts = state["epoch"], state["position"], Counter(state["counts"])
+
+    def _count(self, skipped: dict[str, int]) -> None:
+        self.counts["read"] += self.local
+        self.counts.update(skipped)
+        lost = sum(n for name, n in self.counts.items() if name != "read")
+        if self.counts["read"] >= LOSS_CHECK_FROM and lost > self.max_lost * self.counts["read"]:
+            reasons = ", ".join(f"{name} {n}" for name, n in self.counts.most_common() if name != "read")
+            raise UserError(
+                f"{lost} of {self.counts['read']} samples read could not be used ({reasons}), "
+                f"more than max_lost = {self.max_lost:.2%}: mend the data, or raise max_lost"
+            )
+
+
+class EvaluationLoader:
+    """Every sample once, in order. On n processes each takes every n-th; short ones repeat a sample at the end.
+
+    Metrics drop the repetition by the sample's id, which the data set puts into each batch.
+    """
+
+    def __init__(
+        self,
+        dataset: BatchDataset,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        per_process = -(-len(dataset) // world_size)
+        own = [min(rank + i * world_size, len(dataset) - 1) for i in range(per_process)] if len(dataset) else []
+        draws = [Draw(sample, 0, 0, sample) for sample in own]
+        self._batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
+        self._loader = _dataloader(dataset, self._batches, num_workers, pin_memory)
+        self.counts: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.counts.clear()
+        for batch in self._loader:
+            self.counts.update(batch.pop("skipped"))
+            yield batch
+
+
+class _Batches(Sampler):
+    def __init__(self, loader: TrainLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return self.loader.batches()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+
+def _dataloader(dataset: Dataset, batches: Any, num_workers: int, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        sampler=batches,
+        batch_size=None,  # the data set collates; a batch is one item
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        # DataLoader draws a base seed each epoch; from a generator of its own, so that the model's stays untouched.
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,307 @@
+"""Where image-text pairs come from: WebDataset shards, a csv with a picture folder, or a folder of labelled pictures.
+
+A source knows how many samples it has and reads one as `Sample`. What is missing is counted before training starts.
+"""
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from datamodules.paths import expand_shards, is_remote, unpacked
+from datamodules.shards import ShardReader
+from datamodules.tar_index import Shard, open_index
+from mmtrain.config_errors import UserError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+
+
+class UnusableSample(ValueError):
+    """A sample that cannot be used; `reason` is a short name to count by."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass
+class Sample:
+    """One picture with what belongs to it: encoded bytes, one or more captions, perhaps a second kind, a label."""
+
+    image: bytes
+    captions: list[str] = field(default_factory=list)
+    extra_captions: list[str] = field(default_factory=list)
+    label: int | None = None
+
+
+class Source(Protocol):
+    """What `ImageTextDataset` reads. `counts` holds samples and lost ones by reason."""
+
+    counts: dict[str, int]
+
+    def __len__(self) -> int: ...
+
+    def read(self, samples: Sequence[int]) -> list[Sample | UnusableSample]:
+        """The samples, or for each that cannot be used the reason."""
+
+
+class ShardSource:
+    """Pairs from tar shards, as img2dataset writes them.
+
+    Args:
+        shards: paths, folders, globs, brace ranges, URLs.
+        captions: member extension of the text ("txt"), or "json:KEY" for a field of the json member, where a list
+            holds several captions of one picture. None reads no text.
+        extra_captions: a second text in the same notation, for example ALIP's synthetic caption "caption.txt".
+        label: member extension ("cls") or "json:KEY" of an integer class.
+        max_lost: share of samples that may be missing from the shards, in [0, 1].
+
+    Raises:
+        UserError: no shard, none usable, or more than `max_lost` missing, with the counts by reason.
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        captions: str | None = "txt",
+        extra_captions: str | None = None,
+        label: str | None = None,
+        max_lost: float = 0.01,
+        index_workers: int = 1,
+    ) -> None:
+        self.fields = {"captions": captions, "extra_captions": extra_captions, "label": label}
+        self.fields = {name: spec for name, spec in self.fields.items() if spec}
+        index, self.index_folder = open_index([unpacked(u) for u in expand_shards(shards)], index_workers)
+        extensions = {name: (_extension(spec),) for name, spec in self.fields.items()}
+        self.reader = ShardReader(index, {"image": IMAGE_EXTENSIONS, **extensions})
+        usable = np.ones(len(index), bool)
+        lost: Counter[str] = Counter()
+        for name in self.reader.places:
+            missing = usable & ~self.reader.has(name)
+            lost[f"without_{name}"] += int(missing.sum())
+            usable &= ~missing
+        self.samples = np.flatnonzero(usable)
+        self.shard_starts = np.searchsorted(self.samples, index.first_sample)
+        lost["missing_from_shards"] = _missing_from_shards(index.shards)
+        self.counts = {"samples": len(self.samples), "shards": len(index.shards)} | {k: n for k, n in lost.items() if n}
+        self.warnings = [f"{s.url}: {', '.join(s.problems)}" for s in index.shards if s.problems]
+        self._check(sum(lost.values()), max_lost)
+
+    def _check(self, lost: int, max_lost: float) -> None:
+        total = len(self.samples) + lost
+        counts = ", ".join(f"{name} {n}" for name, n in self.counts.items() if name not in ("samples", "shards"))
+        worst = f"; first: {self.warnings[0]}" if self.warnings else ""
+        if not len(self.samples):
+            wanted = ", ".join(f"{name} from {spec!r}" for name, spec in self.fields.items())
+            have = sorted(self.reader.index.extensions)
+            raise UserError(
+                f"no usable sample in {self.counts['shards']} shards: wanted a picture and {wanted or 'nothing else'}; "
+                f"members found: {', '.join(have) or 'none'} ({counts}){worst}"
+            )
+        if lost > max_lost * total:
+            raise UserError(
+                f"{lost} of {total} samples are missing from the shards ({counts}), "
+                f"more than max_lost = {max_lost:.2%}: mend the shards, or raise max_lost{worst}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, samples: Sequence[int]) -> list[Sample | UnusableSample]:
+        places = self.samples[np.asarray(samples, np.int64)]
+        try:
+            contents = self.reader.read(places)
+        except OSError:
+            if len(places) > 1:  # find out which one it is
+                return [self.read([s])[0] for s in samples]
+            return [UnusableSample("unreadable_shard")]
+        return [self._sample(c) for c in contents]
+
+    def _sample(self, content: dict[str, bytes]) -> Sample | UnusableSample:
+        sample = Sample(content["image"])
+        try:
+            for name, spec in self.fields.items():
+                value = _field(content[name], spec)
+                setattr(sample, name, int(value) if name == "label" else _captions(value))
+        except UnusableSample as problem:
+            return problem
+        except (ValueError, TypeError):
+            return UnusableSample("bad_label")
+        return sample
+
+
+def _extension(spec: str) -> str:
+    return "json" if spec.startswith("json:") else spec
+
+
+def _field(content: bytes, spec: str) -> Any:
+    text = content.decode("utf-8", errors="replace")
+    if not spec.startswith("json:"):
+        return text
+    try:
+        value = json.loads(text)
+        for key in spec.removeprefix("json:").split("."):
+            value = value[key]
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UnusableSample("bad_json") from None
+    return value
+
+
+def _captions(value: Any) -> list[str]:
+    texts = [
+        t.replace("\x00", " ").strip() for t in (value if isinstance(value, list) else [value]) if isinstance(t, str)
+    ]
+    if not any(texts):
+        raise UnusableSample("empty_caption")
+    return [t for t in texts if t]
+
+
+def _missing_from_shards(shards: Sequence[Shard]) -> int:
+    """Samples lost with cut, short or unreadable shards. One that cannot be read at all counts as an average one."""
+    readable = [s.samples for s in shards if s.samples]
+    average = round(sum(readable) / len(readable)) if readable else 1
+    unknown = [s for s in shards if not s.samples and not s.expected and s.problems]
+    return sum(s.lost for s in shards if s not in unknown) + average * len(unknown)
+
+
+class CsvSource:
+    """Pairs from a csv or tsv with a header, as the official code reads: paths relative to the file's folder.
+
+    Raises:
+        UserError: no such file or column, or the official list of URLs, which has no pictures yet.
+    """
+
+    shard_starts = None
+
+    def __init__(
+        self,
+        path: str,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        delimiter: str | None = None,
+        max_lost: float = 0.01,
+    ) -> None:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such file")
+        self.root = Path(path).parent
+        delimiter = delimiter or ("\t" if path.endswith(".tsv") else ",")
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            rows = csv.reader(file, delimiter=delimiter)
+            header = next(rows, [])
+            if any(cell.startswith(("http://", "https://")) for cell in header):
+                raise UserError(
+                    f"{path}: this is the list of captions and URLs; fetch the pictures first: add a header line "
+                    f"`caption{delimiter}url` and run img2dataset --input_format tsv --url_col url "
+                    "--caption_col caption --output_format webdataset --resize_mode keep_ratio "
+                    "--resize_only_if_bigger True"
+                )
+            if image_column not in header or caption_column not in header:
+                raise UserError(
+                    f"{path}: columns {image_column!r} and {caption_column!r} are wanted, the header has {header}: "
+                    "set image_column and caption_column"
+                )
+            image, caption = header.index(image_column), header.index(caption_column)
+            lost: Counter[str] = Counter()
+            paths, captions = _Strings(), _Strings()
+            for row in rows:
+                if len(row) <= max(image, caption) or not row[image].strip() or not row[caption].strip():
+                    lost["empty_path_or_caption"] += 1
+                    continue
+                paths.append(row[image].strip())
+                captions.append(row[caption].strip())
+        self.paths, self.texts = paths.freeze(), captions.freeze()
+        self.counts = {"samples": len(paths)} | dict(lost)
+        self.warnings: list[str] = []
+        empty = sum(lost.values())
+        total = len(paths) + empty
+        if not len(paths) or empty > max_lost * total:
+            raise UserError(
+                f"{path}: {empty} of {total} rows have no path or no caption, more than max_lost = {max_lost:.2%}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, samples: Sequence[int]) -> list[Sample | UnusableSample]:
+        return [self._read_one(s) for s in samples]
+
+    def _read_one(self, sample: int) -> Sample | UnusableSample:
+        try:
+            return Sample((self.root / self.paths[sample]).read_bytes(), [self.texts[sample]])
+        except OSError:
+            return UnusableSample("missing_file")
+
+
+class _Strings:
+    """Many strings in one array: millions of Python strings would be copied into every worker by reference counts."""
+
+    def __init__(self) -> None:
+        self.data, self.ends = bytearray(), [0]
+
+    def append(self, text: str) -> None:
+        self.data += text.encode("utf-8", errors="replace")
+        self.ends.append(len(self.data))
+
+    def freeze(self) -> "_Strings":
+        self.data, self.ends = np.frombuffer(bytes(self.data), np.uint8), np.array(self.ends)
+        return self
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        return bytes(self.data[self.ends[i] : self.ends[i + 1]]).decode("utf-8")
+
+
+class FolderSource:
+    """Labelled pictures in one sub-folder a class, in the order of the folder names (as numbers where all are)."""
+
+    shard_starts = None
+
+    def __init__(self, path: str) -> None:
+        folders = [p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith(".")]
+        numeric = all(p.name.isdigit() for p in folders)
+        folders.sort(key=lambda p: int(p.name) if numeric else p.name)
+        self.class_names = [p.name for p in folders]
+        self.files = [
+            (file, label)
+            for label, folder in enumerate(folders)
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+        ]
+        if not self.files:
+            raise UserError(f"{path}: no pictures in sub-folders; the layout is {path}/<class name>/<picture>.jpg")
+        self.counts, self.warnings = {"samples": len(self.files), "classes": len(folders)}, []
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, samples: Sequence[int]) -> list[Sample | UnusableSample]:
+        return [self._read_one(*self.files[s]) for s in samples]
+
+    def _read_one(self, file: Path, label: int) -> Sample | UnusableSample:
+        try:
+            return Sample(file.read_bytes(), label=label)
+        except OSError:
+            return UnusableSample("missing_file")
+
+
+def is_csv(path: str | Sequence[str]) -> bool:
+    """True for one path that ends like a table of pairs."""
+    return isinstance(path, str) and path.endswith((".csv", ".tsv"))
+
+
+def is_picture_folder(path: str | Sequence[str]) -> bool:
+    """True for a local folder that holds sub-folders and no shards."""
+    if not isinstance(path, str) or is_remote(path) or not os.path.isdir(path):
+        return False
+    names = os.listdir(path)
+    return not any(n.endswith((".tar", ".tar.gz")) for n in names) and any(
+        os.path.isdir(os.path.join(path, n)) for n in names
+    )

@@ -1,0 +1,185 @@
+"""Small callbacks that every run uses: random state, non-finite guard, preemption, data counters, final table."""
+
+import random
+import signal
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mmtrain import distributed
+from mmtrain.checkpoint import LastCheckpoint
+from mmtrain.config_errors import UserError
+
+
+class RandomState(pl.Callback):
+    """Keeps the state of Python's, NumPy's and torch's generators of every process in the checkpoint.
+
+    They are set back just before the first batch after a resume, when nothing else draws from them any more.
+    With another number of processes the states of the first ones are used, and new ones keep their seed.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: list[dict[str, Any]] | None = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        states = [None] * distributed.world_size()
+        if distributed.world_size() > 1:
+            torch.distributed.all_gather_object(states, random_state())
+        else:
+            states = [random_state()]
+        checkpoint["random_state"] = states
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self._loaded = checkpoint.get("random_state")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._loaded and distributed.rank() < len(self._loaded):
+            set_random_state(self._loaded[distributed.rank()])
+        self._loaded = None
+
+
+def random_state() -> dict[str, Any]:
+    """State of all generators of this process, as tensors and plain types."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Inverse of `random_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class NonFiniteGuard(pl.Callback):
+    """Looks at the gradients of all processes before each optimizer step; one NaN would ruin all weights.
+
+    Args:
+        action: "stop" raises and leaves the weights as they were; "skip" leaves out the step, on all processes.
+        max_skipped: "skip" stops after this many steps in a row.
+    """
+
+    def __init__(self, action: Literal["stop", "skip"] = "stop", max_skipped: int = 10) -> None:
+        self.action, self.max_skipped, self.skipped = action, max_skipped, 0
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm(grads)).sum() if grads else torch.zeros(())
+        if not distributed.any_process(not bool(norm.isfinite()), pl_module.device):
+            self.skipped = 0
+            return
+        bad = [name for name, p in pl_module.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
+        where = f"{len(bad)} parameters here, first {bad[0]}" if bad else "another process"
+        message = f"step {trainer.global_step}: the gradient is not finite ({where})"
+        self.skipped += 1
+        if self.action == "stop" or self.skipped > self.max_skipped:
+            raise UserError(
+                f"{message}; no step was made with it. The last checkpoint is sound. Look at the learning rate, the "
+                "precision and the data of this step, or set the NonFiniteGuard's action to skip"
+            )
+        rank_zero_warn(f"{message}: the step is left out ({self.skipped} in a row)", category=UserWarning)
+        for parameter in pl_module.parameters():
+            parameter.grad = None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+class Preemption(pl.Callback):
+    """On SIGTERM of any process: finish the batch, write the `last` checkpoint, exit with 143.
+
+    The handler only sets a flag, for the signal can come inside a backward pass or a collective; one that comes during
+    validation, where processes may have different numbers of batches, is acted on after the next training batch.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._note)  # replaces Lightning's, which ends with exit code 0
+
+    def _note(self, *_: Any) -> None:
+        self._received = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if distributed.any_process(self._received, pl_module.device):
+            self._leave(trainer)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
+        if last is not None:
+            trainer.save_checkpoint(last.path)
+        if trainer.is_global_zero:
+            saved = f"saved {last.path}, go on with --ckpt_path last" if last else "no LastCheckpoint, nothing saved"
+            Console(stderr=True).print(f"terminated at step {trainer.global_step}; {saved}")
+        raise SystemExit(143)
+
+
+class DataCounters(pl.Callback):
+    """Logs samples read and left out, by reason, summed over the processes at the end of each epoch."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        counts = dict(getattr(trainer.train_dataloader, "counts", {}))
+        gathered: list[dict[str, int]] = [counts]
+        if distributed.world_size() > 1:
+            gathered = [{}] * distributed.world_size()
+            torch.distributed.all_gather_object(gathered, counts)
+        total = {name: sum(c.get(name, 0) for c in gathered) for name in sorted({n for c in gathered for n in c})}
+        if total and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics({f"data/{name}": float(n) for name, n in total.items()}, trainer.global_step)
+
+
+class EvaluationTable(pl.Callback):
+    """Ends `fit`, `validate` and `test` with a table of the metrics beside what guessing would score."""
+
+    def __init__(self) -> None:
+        self._validated_at = -1
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validated_at = trainer.global_step
+        if trainer.state.fn == "validate":
+            self._print(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._print(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._validated_at >= 0:
+            self._print(trainer, pl_module)
+
+    @rank_zero_only
+    def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        chance = pl_module.chance_levels() if hasattr(pl_module, "chance_levels") else {}
+        if not values:
+            return
+        table = Table(title=f"evaluation at step {max(self._validated_at, trainer.global_step)}", title_justify="left")
+        for column in ("set", "metric", "value %", "chance %", "times chance"):
+            table.add_column(column, justify="left" if column in ("set", "metric") else "right")
+        for key, value in values.items():
+            name, _, metric = key.removeprefix("val/").partition("/")
+            by_chance = chance.get(key)
+            cells = (f"{100 * by_chance:.2f}", f"{value / by_chance:.1f}") if by_chance else ("", "")
+            table.add_row(name, metric, f"{100 * value:.2f}", *cells)
+        Console(width=100).print(table)

@@ -1,0 +1,179 @@
+"""Checkpoints that are never half-written, and a guard that a run goes on with the settings that it began with."""
+
+import os
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from mmtrain.config_errors import UserError, clip
+
+# Settings that do not change what is computed, so they may differ on resume without a word.
+HARMLESS = ("num_workers", "index_workers", "pretrained", "eval_batch_size", "micro_batch", "chunk", "evaluate")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a part file beside the target and renames it; reads plain tensors and types only.
+
+    Lightning writes through the system's temporary folder, and a kill while it copies to another file system leaves a
+    broken file behind.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        """Write so that at every moment `path` is either the old or the new checkpoint.
+
+        Raises:
+            OSError: the folder cannot be written to, or the disk is full; the old checkpoint stays.
+        """
+        path = Path(path)
+        checkpoint = {k: plain(v) if k.endswith("hyper_parameters") else v for k, v in checkpoint.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            with open(part, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is on disk too
+        finally:
+            os.close(folder)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint of tensors and plain types.
+
+        Raises:
+            UserError: no such file, or one that cannot be read, or that holds code.
+        """
+        if not os.path.exists(path):
+            raise UserError(f"ckpt_path: {path}: no such checkpoint")
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"ckpt_path: {path}: not a checkpoint that can be loaded ({clip(first_line, 160)})"
+            ) from error
+
+
+class ResumeGuard(pl.Callback):
+    """Compares the settings of model, data and trainer with those of the checkpoint that a run resumes from.
+
+    Args:
+        allow: keys that may differ, besides those that do not change what is computed; "all" only warns.
+    """
+
+    def __init__(self, allow: list[str] | str = ()) -> None:
+        self.allow = allow
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint["settings"] = run_settings(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Raise a UserError that names every setting that changed."""
+        if trainer.state.fn != "fit" or "settings" not in checkpoint:
+            return
+        changes = changed_settings(checkpoint["settings"], run_settings(trainer, pl_module))
+        if self.allow != "all":
+            refused = {key: pair for key, pair in changes.items() if key not in self.allow}
+            if refused:
+                raise UserError(
+                    "the checkpoint was made with other settings:\n"
+                    + "\n".join(f"  {key}: {clip(old)} then, {clip(new)} now" for key, (old, new) in refused.items())
+                    + "\nSet them back, start a new run (another vars.name), or name them in the ResumeGuard's `allow`."
+                )
+        for key, (old, new) in changes.items():
+            rank_zero_warn(f"resuming with another {key}: {clip(old)} then, {clip(new)} now", category=UserWarning)
+
+
+def run_settings(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """Everything that decides what is computed, flat, as plain types: dotted key -> value."""
+    data = dict(trainer.datamodule.hparams) if trainer.datamodule is not None else {}
+    settings = {
+        "model": {"class": f"{type(module).__module__}.{type(module).__qualname__}", **module.hparams},
+        "data": data,
+        "trainer": {
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
+            "precision": trainer.precision,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "limit_train_batches": trainer.limit_train_batches,
+        },
+    }
+    return flatten(settings)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts and paths as text, at any depth: what weights-only reading accepts."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(entry) for entry in value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts, lists and dataclasses as one dict of dotted keys; names with a leading underscore are left out."""
+    value = plain(value)
+    if isinstance(value, dict):
+        flat: dict[str, Any] = {}
+        for key, entry in value.items():
+            if not str(key).startswith("_"):
+                flat |= flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    if isinstance(value, list | tuple):
+        value = [flatten(entry, "") or entry if isinstance(entry, dict) else entry for entry in value]
+    return {prefix: value if isinstance(value, str | int | float | bool | list | None) else str(value)}
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) of what differs and is not harmless."""
+    harmless = lambda key: any(part in HARMLESS for part in key.split("."))  # noqa: E731
+    keys = [key for key in {**old, **new} if not harmless(key)]
+    missing = "(not set)"
+    return {k: (old.get(k, missing), new.get(k, missing)) for k in keys if old.get(k, missing) != new.get(k, missing)}
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps `<run folder>/checkpoints/last.ckpt` up to date: every n optimizer steps, and when training ends.
+
+    This is what `--ckpt_path last` reads.
+    """
+
+    def __init__(self, every_n_train_steps: int = 500, dirpath: str | None = None) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            every_n_train_steps=every_n_train_steps,
+            save_top_k=1,  # without a metric to monitor: the newest
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return os.path.join(self.dirpath, "last.ckpt")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_checkpoint(trainer, self.path)

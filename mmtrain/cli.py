@@ -1,0 +1,153 @@
+"""The training verbs: fit, validate, test, predict on LightningCLI. Knows Lightning and the config layers, no model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from typing import Any, ClassVar, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from mmtrain.config_errors import UserError, is_first_process, say_once
+from mmtrain.config_merge import Layer
+from mmtrain.config_rejections import Rejection, check_groups, check_sections, explain
+from mmtrain.loggers import default_logger
+from mmtrain.run_folder import SaveConfig, move_aside
+
+WRAPPED = re.compile(r"Does not validate against any of the Union subtypes|Problem with given class_path")
+
+
+class Parser(LightningArgumentParser):
+    """Collects what parsers reject instead of printing usage: nested parsers report first, the outermost one last."""
+
+    rejections: ClassVar[list[Rejection]] = []
+    layer: ClassVar[Layer] = Layer()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        owner = getattr(ex, "subcommand_parser", None) or self
+        options = [action.dest for action in owner._actions if action.dest not in ("help", "config", "print_config")]
+        Parser.rejections.append(Rejection(message, options))
+        if not self.exit_on_error:  # nested: the class path around it is known only to the outer parser
+            super().error(message, ex)
+        raise explain(Parser.rejections, Parser.layer) from ex
+
+
+class CLI(LightningCLI):
+    """LightningCLI that is handed one merged config and leaves a run folder in order.
+
+    Args:
+        verb: fit, validate, test or predict.
+        layer: the merged config of this run.
+        help_argv: words to parse as they are, for `--help`; nothing runs then.
+    """
+
+    def __init__(self, verb: str, layer: Layer, help_argv: list[str] | None = None) -> None:
+        self.verb, self.layer = verb, layer
+        self.constructor_error: Exception | None = None
+        Parser.rejections, Parser.layer = [], layer
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"layer": layer, "verb": verb},
+            trainer_defaults={"use_distributed_sampler": False},  # our data code shares out samples itself
+            seed_everything_default=0,
+            parser_class=Parser,
+            # no abbreviations: `--trainer.max_step` would quietly become max_steps
+            parser_kwargs={"prog": "mmtrain", "allow_abbrev": False},
+            auto_configure_optimizers=False,  # else `--optimizer` would override the module's own
+            args=help_argv or {"subcommand": verb, verb: copy.deepcopy(layer.data)},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--vars", type=dict, default={}, help="Values that configs refer to as ${vars.NAME}.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Without the parent's warning about arguments given from Python: ours come from the command line too."""
+        if isinstance(args, list):
+            self.config = parser.parse_args(args)
+            return
+        actions = self._subcommand_parsers[self.verb]._actions
+        check_sections(self.layer, {action.dest.partition(".")[0] for action in actions} - {"help", "print_config"})
+        check_groups(self.layer)
+        self.config = parser.parse_object(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """The parent lets hyper-parameters stored in a checkpoint override config and command line without a word."""
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.parser.add_instantiator(self._construct, object)
+
+    def _construct(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return class_type(*args, **kwargs)
+        except Exception as error:
+            self.constructor_error = error
+            raise
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.verb]
+        fresh = self.verb == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run
+        folder = config.trainer.default_root_dir
+        if fresh and folder and is_first_process() and (aside := move_aside(str(folder))):
+            say_once(f"{folder} held an earlier run: moved to {aside}")
+
+    def instantiate_classes(self) -> None:
+        """jsonargparse wraps what a constructor raises into a message about types: raise the original instead."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            original: BaseException = error
+            while WRAPPED.match(str(original)) and original.__cause__:
+                original = original.__cause__
+            if WRAPPED.match(str(error)):
+                raise self.constructor_error or original from None
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self.config_init[self.verb].trainer
+        if trainer.logger is None and self.verb == "fit" and not trainer.fast_dev_run:
+            kwargs["logger"] = default_logger(str(trainer.default_root_dir), self.layer.data["vars"]["name"])
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:  # for example an unknown strategy or precision
+            raise UserError(f"trainer: {error}") from error
+
+
+def run(verb: str, layer: Layer) -> None:
+    """Run one training verb.
+
+    Raises:
+        UserError: a value that does not fit, or any mistake found on the way.
+        SystemExit: raised inside training.
+    """
+    quiet()
+    CLI(verb, layer)
+
+
+def show_help(verb: str, argv: list[str]) -> None:
+    """`--help`, or `--model.help package.Class` for the settings of a class; exits."""
+    quiet()
+    CLI(verb, Layer(), help_argv=[verb, *argv])
+
+
+def quiet() -> None:
+    """Keep out what a user can do nothing about: the rest of the log should be worth reading."""
+    # Lightning itself calls jsonargparse's older names
+    warnings.filterwarnings("ignore", message=".*was deprecated in v4.*", module="lightning.*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="(lightning|jsonargparse|torch).*")
+    # workers are set in the configs with the data in mind; 0 is right where decoding is cheap or cores are few
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # the run folder is ours: an existing one was moved aside, or the run continues in it on purpose
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
+    # two libraries disagreeing inside Lightning
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+    # advertisements for other products
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)

@@ -1,0 +1,58 @@
+"""The few collectives that the losses need, written so that they are the identity on one process."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes in the default group; 1 without a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process in the default group; 0 without a group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """Concatenate [B, D] blocks of all processes in rank order to [n * B, D], without gradient.
+
+    Every process must bring the same B; the train loaders of `datamodules` guarantee it.
+    """
+    local = local.detach().contiguous()
+    if world_size() == 1:
+        return local
+    blocks = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(blocks, local)
+    return torch.cat(blocks)
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Return the sum of `value` over all processes, without gradient."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def sum_and_keep_own_rows(full: Tensor) -> Tensor:
+    """Sum [n * B, D] over all processes and return the [B, D] block that belongs to this one."""
+    if world_size() == 1:
+        return full
+    size = full.shape[0] // world_size()
+    if dist.get_backend() == "nccl":
+        own = full.new_empty(size, *full.shape[1:])
+        dist.reduce_scatter_tensor(own, full.contiguous())
+        return own
+    full = sum_over_processes(full)  # gloo has no reduce-scatter that all supported torch releases share
+    return full[rank() * size : (rank() + 1) * size].clone()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """True on every process as soon as `flag` is True on one."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,1 @@
+"""Evaluation metrics: pure functions first, then a thin torchmetrics class that only keeps state."""

@@ -1,0 +1,61 @@
+"""ALIP (arXiv 2308.08428): raw text and a synthetic caption, weighted by how well picture and texts agree."""
+
+import torch
+from torch import Tensor
+
+from mmtrain import distributed
+from mmtrain.config_errors import UserError
+from mmtrain.optim import AdamWSettings
+from mmtrain.rankclip.losses import RowObjective, alip_objective, alip_weights
+from mmtrain.rankclip.module import ImageTextModule, LossSettings
+
+
+class Alip(ImageTextModule):
+    """ALIP, see `alip_objective`; other settings: `ImageTextModule`. Needs `extra_captions` in the data.
+
+    Args:
+        gamma: exponent of both gates; 2 as published.
+        momentum: of the running mean similarities; 0.99 as published. They start at 1, so for about the first 100
+            steps all weights are small, and they are kept in the checkpoint (the released code forgets them).
+    """
+
+    def __init__(
+        self,
+        architecture: str = "ViT-B-32",
+        gamma: float = 2.0,
+        momentum: float = 0.99,
+        optim: AdamWSettings | None = None,
+        loss: LossSettings | None = None,
+        micro_batch: int | None = None,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__(architecture, optim, loss, micro_batch, pretrained)
+        self.save_hyperparameters()
+        self.gamma, self.momentum = gamma, momentum
+        self.register_buffer("momenta", torch.ones(3))  # text-caption, image-text, image-caption
+        self.weight_means: dict[str, Tensor] = {}
+
+    def texts(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if "extra_text" not in batch:
+            raise UserError("ALIP needs a second text for each picture: set data.init_args.extra_captions")
+        return batch["text"], batch["extra_text"]
+
+    @torch.no_grad()
+    def objective(self, features: tuple[Tensor, ...]) -> RowObjective:
+        image, text, caption = (f.float() if f.dtype != torch.float64 else f for f in features)
+        pairs = [(text, caption), (image, text), (image, caption)]
+        similarities = torch.stack([(a * b).sum(-1) for a, b in pairs])
+        means = distributed.sum_over_processes(similarities.mean(-1)) / distributed.world_size()
+        self.momenta.lerp_(means.to(self.momenta), 1 - self.momentum)
+        sample, for_text, for_caption = alip_weights(similarities, self.momenta, self.gamma)
+        self.weight_means = {
+            "sample_weight": sample.mean(),
+            "text_weight": for_text.mean(),
+            "caption_weight": for_caption.mean(),
+        }
+        start = distributed.rank() * len(image)
+        return alip_objective(sample * for_text, sample * for_caption, start)
+
+    def readable(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = ("momentum_text_caption", "momentum_image_text", "momentum_image_caption")
+        return parts | self.weight_means | dict(zip(names, self.momenta.clone(), strict=True))

@@ -1,0 +1,219 @@
+"""LightningModules for contrastive image-text pretraining. CyCLIP and ALIP stand in files of their own."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from mmtrain.config_errors import UserError
+from mmtrain.optim import AdamWSettings
+from mmtrain.rankclip.evaluate import ImageTextEvaluation
+from mmtrain.rankclip.losses import RowObjective, clip_objective, rankclip_objective, ranking_ramp, row_chunked_loss
+from mmtrain.rankclip.networks import build_clip, encode
+from mmtrain.rankclip.pretrained import load_pretrained
+
+
+@dataclass
+class LossSettings:
+    """How an objective is computed; the sound values are the defaults and change nothing but speed and memory.
+
+    Args:
+        chunk: rows of the global similarity matrices computed at a time.
+        gradient_scale: "exact", or "reference": encoder gradients divided by the number of processes, as released.
+        half_precision: round similarities to float16 like the released loss under autocast (ties, coarse logits).
+        max_logit_scale: the logit scale is kept in [0, this] after each step; ln(100) as in CLIP.
+    """
+
+    chunk: int = 256
+    gradient_scale: Literal["exact", "reference"] = "exact"
+    half_precision: bool = False
+    max_logit_scale: float = 4.6052
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype to which similarities are rounded."""
+        return torch.float16 if self.half_precision else None
+
+
+class ImageTextModule(pl.LightningModule):
+    """Dual encoder trained with a row objective; a method is a subclass that says which (`objective`).
+
+    Batches: image uint8 [B, 3, H, W], text int64 [B, context]; in evaluation also id, text_id, label.
+
+    Args:
+        architecture: open_clip name or JSON file, see `build_clip`.
+        optim: optimizer and schedule.
+        loss: how the loss is computed.
+        micro_batch: pictures a process encodes at a time; None takes the whole local batch. Gradients are the same.
+        pretrained: file with weights to start from, in any layout of `mmtrain.rankclip.pretrained`.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "ViT-B-32-quickgelu",
+        optim: AdamWSettings | None = None,
+        loss: LossSettings | None = None,
+        micro_batch: int | None = None,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.architecture, self.micro_batch = architecture, micro_batch
+        self.optim, self.loss_settings = optim or AdamWSettings(), loss or LossSettings()
+        self.network = build_clip(architecture)
+        if pretrained:
+            load_pretrained(self.network, pretrained, architecture)
+        self.evaluations = nn.ModuleDict()
+
+    def objective(self, features: tuple[Tensor, ...]) -> RowObjective:
+        """The objective of this step, given this process's unit features."""
+        raise NotImplementedError
+
+    def texts(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The blocks of token ids that are encoded."""
+        return (batch["text"],)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        features = encode(self.network, batch["image"], self.texts(batch), self.micro_batch)
+        settings = self.loss_settings
+        loss, parts = row_chunked_loss(
+            self.objective(features), features, self.network.logit_scale, settings.chunk, settings.gradient_scale
+        )
+        self.log("train/loss", parts.pop("loss"), prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in self.readable(parts).items()})
+        self.log("train/tau", self.network.logit_scale.detach().exp())
+        return loss
+
+    def readable(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parts of the loss as they are logged."""
+        return parts
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():  # here and not at the batch's end, where a checkpoint would hold the value before
+            self.network.logit_scale.clamp_(0, self.loss_settings.max_logit_scale)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return self.optim.configure(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["architecture"] = self.architecture
+
+    # Evaluation: one ImageTextEvaluation for each loader of the data module.
+
+    def on_validation_epoch_start(self) -> None:
+        if len(self.evaluations) == 0:
+            sets = getattr(self.trainer.datamodule, "evaluation_sets", {})
+            self.evaluations.update({name: ImageTextEvaluation(**about) for name, about in sets.items()})
+            self.evaluations.to(self.device)
+        for evaluation in self.evaluations.values():
+            evaluation.begin(self.network, self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        list(self.evaluations.values())[dataloader_idx].update(self.network, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        for set_name, evaluation in self.evaluations.items():
+            values = evaluation.compute()
+            self.log_dict({f"val/{set_name}/{name}": value for name, value in values.items()})
+
+    def chance_levels(self) -> dict[str, float]:
+        """What guessing would score, by the name under which a metric is logged."""
+        return {
+            name: self.evaluations[name.split("/")[1]].chance(name)
+            for name in self.trainer.callback_metrics
+            if name.startswith("val/") and name.split("/")[1] in self.evaluations
+        }
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Unit features of a batch: image [B, D] with id [B], and text [M, D] with text_id [M] where there is text."""
+        texts = (batch["text"],) if "text" in batch else ()
+        names = ("image", "text")[: 1 + len(texts)]
+        features = dict(zip(names, encode(self.network, batch["image"], texts), strict=True))
+        return features | {name: batch[name] for name in ("id", "text_id", "label") if name in batch}
+
+
+class Clip(ImageTextModule):
+    """CLIP: symmetric InfoNCE over the global batch (arXiv 2103.00020). Settings: `ImageTextModule`."""
+
+    def __init__(
+        self,
+        architecture: str = "ViT-B-32-quickgelu",
+        optim: AdamWSettings | None = None,
+        loss: LossSettings | None = None,
+        micro_batch: int | None = None,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__(architecture, optim, loss, micro_batch, pretrained)
+        self.save_hyperparameters()
+
+    def objective(self, features: tuple[Tensor, ...]) -> RowObjective:
+        return clip_objective(self.loss_settings.dtype)
+
+
+@dataclass
+class Ramp:
+    """Weight of the ranking terms, w = min(high, max(low, slope * progress)); published values are the defaults."""
+
+    low: float = 0.0
+    high: float = 2.0
+    slope: float = 3.0
+
+
+class RankClip(ImageTextModule):
+    """RankCLIP: CLIP plus list-wise Plackett-Luce terms across and within the modalities (arXiv 2404.09387).
+
+    loss = L_clip + w / N * (cross * L_cross + inmodal * L_inmodal), see `rankclip_objective`. Other settings:
+    `ImageTextModule`.
+
+    Args:
+        cross: weight of the cross-modal term; 1/16 is what the released code has built in. It really scales: the
+            released switches lambda1 (in-modal) and lambda2 (cross) only turn terms on and off.
+        inmodal: weight of the in-modal term.
+        ramp: growth of w over the run. Progress is (e - 1) / (E - 1) with epoch e from 1 to E as published, 0 for a
+            single epoch; of a run given in steps, the share of steps done.
+        eps: 0 is the Plackett-Luce likelihood; 1e-10 the published code, which differs once tau is large.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "ViT-B-32-quickgelu",
+        cross: float = 1 / 16,
+        inmodal: float = 1 / 16,
+        ramp: Ramp | None = None,
+        eps: float = 0.0,
+        optim: AdamWSettings | None = None,
+        loss: LossSettings | None = None,
+        micro_batch: int | None = None,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__(architecture, optim, loss, micro_batch, pretrained)
+        if min(cross, inmodal, eps) < 0:
+            raise UserError(f"cross, inmodal and eps must not be negative, got {cross}, {inmodal} and {eps}")
+        self.save_hyperparameters()
+        self.cross, self.inmodal, self.ramp, self.eps = cross, inmodal, ramp or Ramp(), eps
+
+    @property
+    def ranking_weight(self) -> float:
+        """w of the present epoch or step."""
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            progress = trainer.global_step / trainer.max_steps
+        else:
+            progress = trainer.current_epoch / max(1, (trainer.max_epochs or 1) - 1)
+        return ranking_ramp(progress, self.ramp.low, self.ramp.high, self.ramp.slope)
+
+    def objective(self, features: tuple[Tensor, ...]) -> RowObjective:
+        return rankclip_objective(self.ranking_weight, self.cross, self.inmodal, self.eps, self.loss_settings.dtype)
+
+    def readable(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        logged = {name: value for name, value in parts.items() if "_saturated_" not in name}
+        saturated = [value for name, value in parts.items() if "_saturated_" in name]
+        if saturated:
+            logged["saturated"] = torch.stack(saturated).mean()
+        return logged | {"ranking_weight": torch.tensor(self.ranking_weight)}

@@ -1,0 +1,173 @@
+"""Runs a small training undisturbed, then again and again with kill -9 at random moments and a resume; prints JSON.
+
+One warm process imports everything and forks a child for each run, which makes a start cost a moment.
+Usage: python -m tests.resume_driver FOLDER --kills 20 --workers 2 --processes 2 --seed 0
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+import mmtrain.cli
+import mmtrain.rankclip.module  # noqa: F401
+from datamodules.synthetic import write_pairs
+from mmtrain.__main__ import main
+
+ARCHITECTURE = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.5},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def write_config(folder: Path, workers: int, processes: int) -> Path:
+    """A RankCLIP run of 3 epochs of 12 steps with random crops and patch dropout, saved every 3 steps."""
+    shards = write_pairs(folder / "shards", [60, 37], size=40)
+    (folder / "resume_vit.json").write_text(json.dumps(ARCHITECTURE))
+    config = {
+        "trainer": {
+            "max_epochs": 3,
+            "accelerator": "cpu",
+            "devices": processes,
+            "strategy": "ddp" if processes > 1 else "auto",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        "model": {
+            "class_path": "mmtrain.rankclip.module.RankClip",
+            "init_args": {"architecture": str(folder / "resume_vit.json"), "optim": {"lr": 1e-3, "warmup_steps": 5}},
+        },
+        "data": {
+            "class_path": "datamodules.image_text.ImageTextDataModule",
+            "init_args": {
+                "train": shards,
+                "batch_size": 8,
+                "num_workers": workers,
+                "pictures": {"size": 32, "crop_scale": [0.5, 1.0], "flip": 0.5, "context_length": 8},
+                "evaluate": {"self": {"path": shards, "captions": "txt"}},
+            },
+        },
+    }
+    path = folder / "resume.yaml"
+    path.write_text("# Small run to be killed\n" + yaml.safe_dump(config))
+    return path
+
+
+def start(config: Path, folder: Path, resume: bool, processes: int, log: Path) -> list[int]:
+    """Fork the processes of one run; returns their ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [_fork(config, folder, resume, processes, rank, port, log) for rank in range(processes)]
+
+
+def _fork(config: Path, folder: Path, resume: bool, processes: int, rank: int, port: int, log: Path) -> int:
+    if child := os.fork():
+        return child
+    os.setpgid(0, 0)  # a group of its own, so that a kill takes the loader's workers too
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if processes > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= address | {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(processes)}
+    argv = ["fit", "-c", str(config), "--trainer.default_root_dir", str(folder)]
+    argv += ["--trainer.callbacks.7.init_args.every_n_train_steps", "3"]
+    code = 1
+    try:
+        code = main(argv + (["--ckpt_path", "last"] if resume else []))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def wait(children: list[int], seconds: float) -> list[int] | None:
+    """Exit codes, or None if the children still run after `seconds`."""
+    codes: dict[int, int] = {}
+    end = time.monotonic() + seconds
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.01)
+    return [codes[c] for c in children]
+
+
+def send(children: list[int], number: int) -> None:
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, number)
+
+
+def final_state(folder: Path) -> dict:
+    """What must be equal at the end: weights, optimizer, schedule, place in the data."""
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    keep = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+    place = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+    return {k: checkpoint[k] for k in keep} | {"place": (place["epoch"], place["position"])}
+
+
+def equal(a: object, b: object) -> bool:
+    """Bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def experiment(root: Path, kills: int, workers: int, processes: int, seed: int, number: int) -> dict:
+    """One undisturbed run, then `kills` runs that are killed once each."""
+    torch.set_num_threads(1)
+    config = write_config(root, workers, processes)
+    begin = time.monotonic()
+    codes = wait(start(config, root / "calm", False, processes, root / "calm.log"), 120)
+    assert codes == [0] * processes, (codes, (root / "calm.log").read_text()[-3000:])
+    length, calm = time.monotonic() - begin, final_state(root / "calm")
+    generator, rows = random.Random(seed), []
+    for i in range(kills):
+        folder, log = root / f"killed{i}", root / f"killed{i}.log"
+        children = start(config, folder, False, processes, log)
+        moment = generator.uniform(0.15, 0.95) * length
+        early = wait(children, moment)
+        send(children, number)
+        codes = early or wait(children, 60)
+        reached = final_state(folder)["global_step"] if (folder / "checkpoints" / "last.ckpt").exists() else 0
+        again = wait(start(config, folder, True, processes, log), 120)
+        ok = again == [0] * processes and equal(final_state(folder), calm)
+        rows.append({"after": round(moment, 2), "codes": codes, "saved_step": reached, "resumed": again, "equal": ok})
+        if not ok:
+            rows[-1]["log"] = log.read_text()[-2000:]
+    return {"seconds": length, "steps": calm["global_step"], "runs": rows}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    for name, default in (("kills", 3), ("workers", 0), ("processes", 1), ("seed", 0), ("signal", signal.SIGKILL)):
+        parser.add_argument(f"--{name}", type=int, default=int(default))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    chosen = (options.kills, options.workers, options.processes, options.seed, options.signal)
+    print(json.dumps(experiment(options.folder, *chosen)))
