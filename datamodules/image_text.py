@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from datamodules.paths import expand_shards, is_remote
 from datamodules.loading import Draw, EvaluationLoader, TrainLoader
 from datamodules.sources import (
     CsvSource,
@@ -80,8 +81,13 @@ class EvaluationSet:
     templates: str | list[str] = "openai_imagenet"
 
     def exists(self) -> bool:
-        """False for a single local path that is not there; patterns and lists are looked at when opened."""
-        return not isinstance(self.path, str) or any(c in self.path for c in "*{:") or os.path.exists(self.path)
+        """False if the path is not there, or a pattern matches nothing; object stores are not asked."""
+        if isinstance(self.path, str) and not is_remote(self.path) and not any(c in self.path for c in "*?{"):
+            return os.path.exists(self.path)
+        try:
+            return bool(expand_shards(self.path))
+        except UserError:
+            return False
 
     def open(self) -> Source:
         """The set's source."""
@@ -201,7 +207,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         train: shards (paths, folders, globs, brace ranges, URLs), or one csv/tsv with columns image and caption.
         captions: "txt", another member extension, or "json:KEY"; of a list one caption is drawn each time.
         extra_captions: a second text for ALIP in the same notation, such as "caption.txt".
-        evaluate: name -> set.
+        evaluate: name -> set; null takes out a set of an earlier layer.
         batch_size: GLOBAL batch, divided among the processes; contrastive losses depend on it.
         pictures: sizes and augmentation.
         num_workers: loader processes for each training process. Does not change the data order.
@@ -216,7 +222,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         train: str | list[str],
         captions: str = "txt",
         extra_captions: str | None = None,
-        evaluate: dict[str, EvaluationSet] | None = None,
+        evaluate: dict[str, EvaluationSet | None] | None = None,
         batch_size: int = 512,
         pictures: Pictures | None = None,
         num_workers: int = 0,
@@ -234,7 +240,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         }  # fmt: skip
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
         self.pictures = pictures or Pictures()
-        self.evaluate = evaluate or {}
+        self.evaluate = {name: chosen for name, chosen in (evaluate or {}).items() if chosen is not None}
         self.evaluation_sets: dict[str, dict[str, Any]] = {}  # name -> num_samples, captioned, prompts; in loader order
         self.data_counts: dict[str, dict[str, int]] = {}
         self.train_source: Source | None = None

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -96,8 +97,8 @@ def _fork(config: Path, folder: Path, resume: bool, processes: int, rank: int, p
         os._exit(code)
 
 
-def wait(children: list[int], seconds: float) -> list[int] | None:
-    """Exit codes, or None if the children still run after `seconds`."""
+def wait(children: list[int], seconds: float, until: Callable[[], bool] = lambda: False) -> list[int] | None:
+    """Exit codes of the children, or None if they still run after `seconds` or when `until()` becomes true."""
     codes: dict[int, int] = {}
     end = time.monotonic() + seconds
     while len(codes) < len(children):
@@ -106,10 +107,23 @@ def wait(children: list[int], seconds: float) -> list[int] | None:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     codes[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
+        if time.monotonic() > end or until():
             return None
-        time.sleep(0.01)
+        time.sleep(0.002)
     return [codes[c] for c in children]
+
+
+class Versions:
+    """Counts how often a checkpoint was replaced, so that a kill can be aimed at any part of a run on any machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seen = path, set()
+
+    def __call__(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            status = self.path.stat()
+            self.seen.add((status.st_ino, status.st_mtime_ns))
+        return len(self.seen)
 
 
 def send(children: list[int], number: int) -> None:
@@ -141,25 +155,26 @@ def experiment(root: Path, kills: int, workers: int, processes: int, seed: int, 
     """One undisturbed run, then `kills` runs that are killed once each."""
     torch.set_num_threads(1)
     config = write_config(root, workers, processes)
-    begin = time.monotonic()
     codes = wait(start(config, root / "calm", False, processes, root / "calm.log"), 120)
     assert codes == [0] * processes, (codes, (root / "calm.log").read_text()[-3000:])
-    length, calm = time.monotonic() - begin, final_state(root / "calm")
+    calm = final_state(root / "calm")
     generator, rows = random.Random(seed), []
     for i in range(kills):
         folder, log = root / f"killed{i}", root / f"killed{i}.log"
         children = start(config, folder, False, processes, log)
-        moment = generator.uniform(0.15, 0.95) * length
-        early = wait(children, moment)
+        versions, wanted = Versions(folder / "checkpoints" / "last.ckpt"), generator.randrange(12)
+        early = wait(children, 60, lambda v=versions, w=wanted: v() >= w)
+        # then anywhere between two checkpoints, or, for 0, while the run starts
+        early = early or wait(children, generator.random() * (0.3 if wanted else 1.5))
         send(children, number)
         codes = early or wait(children, 60)
         reached = final_state(folder)["global_step"] if (folder / "checkpoints" / "last.ckpt").exists() else 0
         again = wait(start(config, folder, True, processes, log), 120)
         ok = again == [0] * processes and equal(final_state(folder), calm)
-        rows.append({"after": round(moment, 2), "codes": codes, "saved_step": reached, "resumed": again, "equal": ok})
+        rows.append({"aimed": 3 * wanted, "codes": codes, "saved_step": reached, "resumed": again, "equal": ok})
         if not ok:
             rows[-1]["log"] = log.read_text()[-2000:]
-    return {"seconds": length, "steps": calm["global_step"], "runs": rows}
+    return {"steps": calm["global_step"], "runs": rows}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def assert_all_equal(result: dict, kills: int) -> None:
 
 @pytest.mark.parametrize(("workers", "processes"), [(0, 1), (2, 1), (0, 2)])
 def test_resumes_to_identical_weights_after_kill_9(tmp_path, workers, processes) -> None:
-    assert_all_equal(experiment(tmp_path, kills=2, workers=workers, processes=processes, seed=4), 2)
+    assert_all_equal(experiment(tmp_path, kills=2, workers=workers, processes=processes, seed=1), 2)
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_resumes_to_identical_weights_after_20_kills(tmp_path, workers, processe
 
 
 def test_sigterm_saves_and_exits_with_143(tmp_path) -> None:
-    result = experiment(tmp_path, kills=2, processes=2, signal=signal.SIGTERM, seed=4)
+    result = experiment(tmp_path, kills=2, processes=2, signal=signal.SIGTERM, seed=1)
     assert_all_equal(result, 2)
     assert all(run["codes"] in ([143, 143], [0, 0], [-15, -15]) for run in result["runs"]), result
     assert any(run["codes"] == [143, 143] for run in result["runs"]), result

@@ -57,7 +57,7 @@ class EmojiDataModule(ImageTextDataModule):
                 for name, paths in sets.items()
             },
             batch_size=batch_size,
-            pictures=pictures or Pictures(size=64, crop_scale=(0.7, 1.0), context_length=16),
+            pictures=pictures or Pictures(size=64, crop_scale=(0.7, 1.0), context_length=24),
             num_workers=num_workers,
             seed=seed,
             eval_batch_size=eval_batch_size,

@@ -266,7 +266,7 @@ def row_chunked_loss(
     objective: RowObjective,
     features: tuple[Tensor, ...],
     logit_scale: Tensor,
-    chunk: int = 256,
+    chunk: int = 128,
     gradient_scale: Literal["exact", "reference"] = "exact",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Value and gradient of an objective over the global batch, in O(chunk * N + N * D) memory.

@@ -26,7 +26,7 @@ class LossSettings:
         max_logit_scale: the logit scale is kept in [0, this] after each step; ln(100) as in CLIP.
     """
 
-    chunk: int = 256
+    chunk: int = 128
     gradient_scale: Literal["exact", "reference"] = "exact"
     half_precision: bool = False
     max_logit_scale: float = 4.6052

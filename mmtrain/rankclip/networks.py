@@ -68,12 +68,34 @@ def normalise_pictures(pictures: Tensor) -> Tensor:
 
 
 def encode_images(network: open_clip.CLIP, pictures: Tensor) -> Tensor:
-    """Unit image features [B, D] of uint8 pictures [B, 3, H, W]."""
+    """Unit image features [B, D] of uint8 pictures [B, 3, H, W].
+
+    Raises:
+        UserError: pictures of another size than the architecture's.
+    """
+    size = network.visual.image_size
+    size = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if tuple(pictures.shape[-2:]) != size:
+        got = "x".join(map(str, pictures.shape[-2:]))
+        raise UserError(
+            f"pictures are {got}, the architecture takes {size[0]}x{size[1]}: set data.init_args.pictures.size"
+        )
     return F.normalize(network.encode_image(normalise_pictures(pictures)), dim=-1)
 
 
 def encode_texts(network: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    """Unit text features [M, D] of token ids [M, context]."""
+    """Unit text features [M, D] of token ids [M, context]; a shorter context is padded, which changes nothing.
+
+    Raises:
+        UserError: more token ids than the architecture takes.
+    """
+    missing = network.context_length - tokens.shape[1]
+    if missing < 0:
+        raise UserError(
+            f"captions have {tokens.shape[1]} token ids, the architecture takes {network.context_length}: "
+            "set data.init_args.pictures.context_length"
+        )
+    tokens = F.pad(tokens, (0, missing))
     return F.normalize(network.encode_text(tokens), dim=-1)
 
 

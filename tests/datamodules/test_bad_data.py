@@ -106,7 +106,7 @@ def test_damaged_shards_are_counted_and_the_rest_is_read(shards, damage, left, p
     assert sum(n for name, n in source.counts.items() if name not in ("samples", "shards")) == 2 * COUNT - usable
     ids, skipped = evaluate(source)
     assert (len(set(ids)), skipped) == (usable, {})
-    with pytest.raises(UserError, match="more than max_lost = 1.00%"):
+    with pytest.raises(UserError, match=r"more than max_lost = 1\.00%"):
         ShardSource(shards)
 
 
@@ -318,7 +318,7 @@ def test_tables_that_are_not_pairs_are_explained(tmp_path, text, message) -> Non
 def test_sources_that_hold_nothing_are_explained(tmp_path, shards) -> None:
     with pytest.raises(UserError, match=r"no usable sample .* members found: jpg, json, txt"):
         ShardSource(shards, captions="caption.txt", max_lost=1.0)
-    with pytest.raises(UserError, match="holds no .tar"):
+    with pytest.raises(UserError, match=r"holds no \.tar"):
         expand_shards(str(tmp_path))
     with pytest.raises(UserError, match="shell pipes are not read"):
         expand_shards("pipe:cat x.tar")
