@@ -15,8 +15,8 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from datamodules.paths import expand_shards, is_remote
 from datamodules.loading import Draw, EvaluationLoader, TrainLoader
+from datamodules.paths import expand_shards, is_remote
 from datamodules.sources import (
     CsvSource,
     FolderSource,

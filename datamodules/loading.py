@@ -1,7 +1,7 @@
 """Loaders whose order is a pure function of (seed, epoch, position), whatever the number of processes and workers."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -59,6 +59,43 @@ def epoch_order(
     )
 
 
+class TrainBatches(Sampler):
+    """Lists of draws, one a batch of this process, from the present position to the end of the epoch.
+
+    Lightning calls `set_epoch` on a loader's `sampler`.
+    """
+
+    def __init__(
+        self,
+        order: Callable[[int], np.ndarray],
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.order, self.num_samples, self.batch_size, self.seed = order, num_samples, batch_size, seed
+        self.local, self.rank = batch_size // world_size, rank
+        self.epoch = self.position = 0  # position counts batches of this epoch that were handed out
+
+    def __len__(self) -> int:
+        return self.num_samples // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order = self.order(self.epoch)
+        for batch in range(self.position, len(self)):
+            start = batch * self.batch_size + self.rank * self.local
+            yield [
+                Draw(int(sample), self.seed, self.epoch, start + i)
+                for i, sample in enumerate(order[start : start + self.local])
+            ]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start `epoch` from its beginning, unless it is already the present one."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+
 class TrainLoader:
     """Endless-epoch training loader: equal batches on every process, exact state inside an epoch.
 
@@ -95,44 +132,26 @@ class TrainLoader:
             raise UserError(
                 f"batch_size: the global batch of {batch_size} is larger than the {len(dataset)} samples found"
             )
-        self.dataset, self.batch_size, self.seed, self.max_lost = dataset, batch_size, seed, max_lost
-        self.local, self.rank = batch_size // world_size, rank
-        self.shards = (shard_starts, shuffle_shards)
-        self.epoch = self.position = 0  # position counts batches of this epoch that were handed out
-        self.counts: Counter[str] = Counter()
-        self.sampler = _Batches(self)  # Lightning looks for `sampler.set_epoch`
+        self.max_lost, self.counts = max_lost, Counter[str]()
+        order = lambda epoch: epoch_order(len(dataset), seed, epoch, shard_starts, shuffle_shards)  # noqa: E731
+        self.sampler = TrainBatches(order, len(dataset), batch_size, seed, rank, world_size)
         self._loader = _dataloader(dataset, self.sampler, num_workers, pin_memory)
 
     def __len__(self) -> int:
-        return len(self.dataset) // self.batch_size
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._loader:
-            self.position += 1
+            self.sampler.position += 1
             self._count(batch.pop("skipped"))
             yield batch
-
-    def batches(self) -> Iterator[list[Draw]]:
-        """Draws of this process from the present position to the end of the epoch."""
-        order = epoch_order(len(self.dataset), self.seed, self.epoch, *self.shards)
-        for batch in range(self.position, len(self)):
-            start = batch * self.batch_size + self.rank * self.local
-            yield [
-                Draw(int(sample), self.seed, self.epoch, start + i)
-                for i, sample in enumerate(order[start : start + self.local])
-            ]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Start `epoch` from its beginning, unless it is already the present one."""
-        if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Place in the order, and the counters."""
         return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "samples": len(self.dataset),
+            "epoch": self.sampler.epoch,
+            "position": self.sampler.position,
+            "samples": self.sampler.num_samples,
             "counts": dict(self.counts),
         }
 
@@ -142,15 +161,16 @@ class TrainLoader:
         Raises:
             UserError: the data now holds another number of samples, so the order would be another.
         """
-        if state["samples"] != len(self.dataset):
+        if state["samples"] != self.sampler.num_samples:
             raise UserError(
-                f"the checkpoint was made with {state['samples']} training samples, now there are {len(self.dataset)}: "
-                "restore the data, or start a new run from the weights"
+                f"the checkpoint was made with {state['samples']} training samples, "
+                f"now there are {self.sampler.num_samples}: restore the data, or start a new run from the weights"
             )
-        self.epoch, self.position, self.counts = state["epoch"], state["position"], Counter(state["counts"])
+        self.sampler.epoch, self.sampler.position = state["epoch"], state["position"]
+        self.counts = Counter(state["counts"])
 
     def _count(self, skipped: dict[str, int]) -> None:
-        self.counts["read"] += self.local
+        self.counts["read"] += self.sampler.local
         self.counts.update(skipped)
         lost = sum(n for name, n in self.counts.items() if name != "read")
         if self.counts["read"] >= LOSS_CHECK_FROM and lost > self.max_lost * self.counts["read"]:
@@ -191,20 +211,6 @@ class EvaluationLoader:
         for batch in self._loader:
             self.counts.update(batch.pop("skipped"))
             yield batch
-
-
-class _Batches(Sampler):
-    def __init__(self, loader: TrainLoader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return self.loader.batches()
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)
 
 
 def _dataloader(dataset: Dataset, batches: Any, num_workers: int, pin_memory: bool) -> DataLoader:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,7 +81,14 @@ def unpacked(url: str) -> str:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(f".part{os.getpid()}")
-        with gzip.open(url) as packed, open(part, "wb") as plain:
-            shutil.copyfileobj(packed, plain)
+        try:
+            with gzip.open(url) as packed, open(part, "wb") as plain:
+                shutil.copyfileobj(packed, plain)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            part.unlink()
+            raise UserError(f"{url}: cut, or not a gzip file ({error})") from error
+        stats = url.removesuffix(".tar.gz") + "_stats.json"
+        if os.path.exists(stats):
+            shutil.copy(stats, target.parent)
         os.replace(part, target)
     return str(target)

@@ -44,14 +44,12 @@ class ShardReader:
             for name, (offsets, sizes) in self.places.items()
             if sizes[sample] >= 0
         ]
-        remote = [w for w in wanted if is_remote(urls[w[0]])]
         contents = {w[:2]: self._read_local(urls[w[0]], *w[2:]) for w in wanted if not is_remote(urls[w[0]])}
-        if remote:  # all at once: an object store answers many small requests in the time of one
-            fs, _ = fsspec.core.url_to_fs(urls[remote[0][0]])
-            paths = [urls[row] for row, *_ in remote]
-            blocks = fs.cat_ranges(paths, [o for *_, o, _ in remote], [o + s for *_, o, s in remote])
-            for (row, name, _, size), block in zip(remote, blocks, strict=True):
-                contents[row, name] = _whole(block, size, urls[row])
+        remote = [w for w in wanted if is_remote(urls[w[0]])]
+        for protocol in {urls[row].partition("://")[0] for row, *_ in remote}:
+            asked = [w for w in remote if urls[w[0]].startswith(f"{protocol}://")]
+            blocks = _read_remote([(urls[row], offset, size) for row, _, offset, size in asked])
+            contents |= {w[:2]: block for w, block in zip(asked, blocks, strict=True)}
         return [
             {name: contents[row, name] for name in self.places if (row, name) in contents} for row in range(len(urls))
         ]
@@ -71,6 +69,18 @@ class ShardReader:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_files": OrderedDict(), "_owner": -1}
+
+
+def _read_remote(places: list[tuple[str, int, int]]) -> list[bytes]:
+    """Blocks (url, offset, size) of one object store, all at once: many small requests take the time of one."""
+    urls, starts, sizes = zip(*places, strict=True)
+    fs, _ = fsspec.core.url_to_fs(urls[0])
+    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+    try:
+        blocks = fs.cat_ranges(list(urls), list(starts), ends, on_error="raise")
+    except Exception as error:  # each store has its own
+        raise OSError(f"{urls[0]}: {type(error).__name__}: {error}") from error
+    return [_whole(block, size, url) for url, block, size in zip(urls, blocks, sizes, strict=True)]
 
 
 def _whole(block: bytes, size: int, url: str) -> bytes:

@@ -11,20 +11,24 @@ import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import IO
 
 import fsspec
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datamodules.paths import cache_folder, is_remote
 from mmtrain.config_errors import UserError
 
 MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("extension", "<i2")])
-VERSION = 1
+VERSION = 2
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Shard:
 
     url: str
     bytes: int
+    modified: float | None  # seconds since 1970; None for a remote shard
     samples: int
     expected: int | None  # from img2dataset's `<shard>_stats.json`, where there is one
     problems: dict[str, int] = field(default_factory=dict)
@@ -110,7 +115,8 @@ def scan_shard(url: str) -> tuple[Shard, list[list[tuple[str, int, int]]]]:
     expected = _expected_count(url)
     if expected is not None and len(samples) < expected:
         problems["fewer_than_stats"] += expected - len(samples)
-    return Shard(url, size, len(samples), expected, {name: n for name, n in problems.items() if n}), samples
+    modified = None if is_remote(url) else os.path.getmtime(url)
+    return Shard(url, size, modified, len(samples), expected, {name: n for name, n in problems.items() if n}), samples
 
 
 class _open:
@@ -182,14 +188,14 @@ def _expected_count(url: str) -> int | None:
         return None
 
 
-def build_index(
-    urls: Sequence[str], workers: int = 1, progress: Callable[[int, int], None] | None = None
-) -> ShardIndex:
-    """Scan all shards, `workers` at a time, and join the results; `progress(done, total)` is called after each."""
+def build_index(urls: Sequence[str], workers: int = 1) -> ShardIndex:
+    """Scan all shards, `workers` at a time, with a progress bar on stderr, and join the results."""
     extensions: dict[str, int] = {}
     shards, tables, members_per_sample = [], [], []
-    with ProcessPoolExecutor(workers) if workers > 1 else _InThisProcess() as pool:
-        for done, (shard, samples) in enumerate(pool.map(scan_shard, urls), start=1):
+    workers = min(workers, len(urls) // 8)  # a worker takes about a second to start
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else _InThisProcess()
+    with pool, Progress(*COLUMNS, console=Console(stderr=True), transient=True) as bar:
+        for shard, samples in bar.track(pool.map(scan_shard, urls), total=len(urls), description="indexing shards"):
             shards.append(shard)
             rows = [
                 (offset, size, extensions.setdefault(name, len(extensions)))
@@ -198,8 +204,6 @@ def build_index(
             ]
             tables.append(np.array(rows, MEMBER))
             members_per_sample.append(np.array([len(fields) for fields in samples], np.int64))
-            if progress:
-                progress(done, len(urls))
     return ShardIndex(
         shards,
         list(extensions),
@@ -252,14 +256,24 @@ def load_index(folder: Path) -> ShardIndex:
         UserError: a shard has another size than when it was indexed, or is gone.
     """
     about = json.loads((folder / "index.json").read_text())
-    if about.get("version") != VERSION:
-        raise UserError(f"{folder} was written by another version of mmtrain: delete it, or index the shards again")
     shards = [Shard(**s) for s in about["shards"]]
     for shard in shards:
         _check_unchanged(shard, folder)
     members, first_member = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("members", "first_member"))
     first_sample = np.concatenate([[0], [s.samples for s in shards]]).cumsum()
     return ShardIndex(shards, about["extensions"], members, first_member, first_sample)
+
+
+def is_current(folder: Path) -> bool:
+    """There is an index of this version, and no shard was rewritten since (another time, the same size)."""
+    try:
+        about = json.loads((folder / "index.json").read_text())
+    except (OSError, ValueError):
+        return False
+    if about.get("version") != VERSION:
+        return False
+    local = [s for s in about["shards"] if s["modified"] is not None and os.path.exists(s["url"])]
+    return all(os.path.getsize(s["url"]) != s["bytes"] or os.path.getmtime(s["url"]) == s["modified"] for s in local)
 
 
 def _check_unchanged(shard: Shard, folder: Path) -> None:
@@ -278,18 +292,18 @@ def _check_unchanged(shard: Shard, folder: Path) -> None:
 
 
 def open_index(
-    urls: Sequence[str],
-    workers: int = 1,
-    rebuild: bool = False,
-    folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    urls: Sequence[str], workers: int = 1, rebuild: bool = False, folder: Path | None = None
 ) -> tuple[ShardIndex, Path]:
-    """Load the index of these shards, or build and save it; returns the index and its folder."""
+    """Load the index of these shards, or build and save it; returns the index and its folder.
+
+    Raises:
+        UserError: a shard changed its size or is gone since it was indexed, or no folder can be written to.
+    """
     places = [folder] if folder else index_folders(urls)
     for place in places:
-        if not rebuild and (place / "index.json").exists():
+        if not rebuild and is_current(place):
             return load_index(place), place
-    index = build_index(urls, workers, progress)
+    index = build_index(urls, workers)
     for place in places:
         try:
             save_index(index, place)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mmtrain.config_errors import UserError
@@ -41,10 +40,7 @@ def index_shards(shards: list[str], workers: int = 1, rebuild: bool = False, out
     from datamodules.tar_index import open_index
 
     urls = [unpacked(url) for url in expand_shards(shards)]
-    columns = (TextColumn("indexing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(urls))
-        index, folder = open_index(urls, workers, rebuild, out, lambda done, total: bar.update(task, completed=done))
+    index, folder = open_index(urls, workers, rebuild, out)
     table = Table("shard", "samples", "expected", "problems", title=f"{len(urls)} shards", title_justify="left")
     faulty = [s for s in index.shards if s.problems]
     for shard in faulty[:50]:

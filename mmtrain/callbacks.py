@@ -2,11 +2,13 @@
 
 import random
 import signal
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
@@ -150,14 +152,15 @@ class DataCounters(pl.Callback):
 
 
 class EvaluationTable(pl.Callback):
-    """Ends `fit`, `validate` and `test` with a table of the metrics beside what guessing would score."""
+    """Prints the metrics of `fit` (of its last evaluation), `validate` and `test` beside what guessing would score."""
 
     def __init__(self) -> None:
-        self._validated_at = -1
+        self.step = -1  # of the last evaluation
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._validated_at = trainer.global_step
+        if trainer.sanity_checking:
+            return
+        self.step = trainer.global_step
         if trainer.state.fn == "validate":
             self._print(trainer, pl_module)
 
@@ -165,7 +168,7 @@ class EvaluationTable(pl.Callback):
         self._print(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._validated_at >= 0:
+        if self.step == trainer.global_step:  # otherwise the command line evaluates once more
             self._print(trainer, pl_module)
 
     @rank_zero_only
@@ -174,7 +177,8 @@ class EvaluationTable(pl.Callback):
         chance = pl_module.chance_levels() if hasattr(pl_module, "chance_levels") else {}
         if not values:
             return
-        table = Table(title=f"evaluation at step {max(self._validated_at, trainer.global_step)}", title_justify="left")
+        step = f" at step {self.step}" if self.step > 0 else ""
+        table = Table(title=f"evaluation{step}", title_justify="left")
         for column in ("set", "metric", "value %", "chance %", "times chance"):
             table.add_column(column, justify="left" if column in ("set", "metric") else "right")
         for key, value in values.items():
@@ -183,3 +187,29 @@ class EvaluationTable(pl.Callback):
             cells = (f"{100 * by_chance:.2f}", f"{value / by_chance:.1f}") if by_chance else ("", "")
             table.add_row(name, metric, f"{100 * value:.2f}", *cells)
         Console(width=100).print(table)
+
+
+class PredictionFiles(BasePredictionWriter):
+    """`predict` writes what the model returns: `<run folder>/predictions/<loader>-<batch>-rank<r>.pt`, one a batch."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        folder = Path(trainer.default_root_dir) / "predictions"
+        folder.mkdir(parents=True, exist_ok=True)
+        on_cpu = {name: value.cpu() for name, value in prediction.items()}
+        torch.save(on_cpu, folder / f"{dataloader_idx}-{batch_idx:05d}-rank{trainer.global_rank}.pt")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            Console().print(f"predictions are in {trainer.default_root_dir}/predictions")

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from mmtrain.config_errors import UserError, clip
 
+LAST = "last.ckpt"
+
 # Settings that do not change what is computed, so they may differ on resume without a word.
 HARMLESS = ("num_workers", "index_workers", "pretrained", "eval_batch_size", "micro_batch", "chunk", "evaluate")
 
@@ -81,9 +83,21 @@ class ResumeGuard(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint["settings"] = run_settings(trainer, pl_module)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Raise a UserError that names every setting that changed."""
-        if trainer.state.fn != "fit" or "settings" not in checkpoint:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hang the check before the weights are loaded; a callback's own hook comes after, when they may not fit."""
+        if stage != "fit":
+            return
+        load = pl_module.on_load_checkpoint
+
+        def check_and_load(checkpoint: dict[str, Any]) -> None:
+            self.check(trainer, pl_module, checkpoint)
+            load(checkpoint)
+
+        pl_module.on_load_checkpoint = check_and_load
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raise a UserError that names every setting that changed; those that are allowed give a warning."""
+        if "settings" not in checkpoint:
             return
         changes = changed_settings(checkpoint["settings"], run_settings(trainer, pl_module))
         if self.allow != "all":
@@ -171,7 +185,7 @@ class LastCheckpoint(ModelCheckpoint):
     @property
     def path(self) -> str:
         """The file."""
-        return os.path.join(self.dirpath, "last.ckpt")
+        return os.path.join(self.dirpath, LAST)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 import warnings
 from typing import Any, ClassVar, NoReturn
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mmtrain.callbacks import EvaluationTable
+from mmtrain.checkpoint import LAST
 from mmtrain.config_errors import UserError, is_first_process, say_once
 from mmtrain.config_merge import Layer
 from mmtrain.config_rejections import Rejection, check_groups, check_sections, explain
@@ -99,6 +104,27 @@ class CLI(LightningCLI):
         if fresh and folder and is_first_process() and (aside := move_aside(str(folder))):
             say_once(f"{folder} held an earlier run: moved to {aside}")
 
+    def after_fit(self) -> None:
+        """`fit` ends with the figures of its final weights, also when it stopped between two evaluations."""
+        table = next((c for c in self.trainer.callbacks if isinstance(c, EvaluationTable)), None)
+        if table and self.trainer.enable_validation and table.step != self.trainer.global_step:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """`last` becomes the run folder's file here, since Lightning looks where a run's logger would write."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if "verbose" in kwargs and any(isinstance(c, EvaluationTable) for c in self.trainer.callbacks):
+            kwargs["verbose"] = False  # that table has the chance levels too
+        if kwargs.get("ckpt_path") != "last":
+            return kwargs
+        path = os.path.join(self.trainer.default_root_dir, "checkpoints", LAST)
+        exists = get_filesystem(path).exists(path)
+        if not exists and subcommand != "fit":
+            raise UserError(f"ckpt_path: last: there is no {path}; train first, or give --vars.name or a path")
+        if not exists:  # so that the same command line starts a run and goes on with it
+            say_once(f"no {path} yet: starting from the beginning")
+        return kwargs | {"ckpt_path": path if exists else None}
+
     def instantiate_classes(self) -> None:
         """jsonargparse wraps what a constructor raises into a message about types: raise the original instead."""
         try:
@@ -113,8 +139,9 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[self.verb].trainer
-        if trainer.logger is None and self.verb == "fit" and not trainer.fast_dev_run:
-            kwargs["logger"] = default_logger(str(trainer.default_root_dir), self.layer.data["vars"]["name"])
+        if trainer.logger is None and not trainer.fast_dev_run:
+            folder, name = str(trainer.default_root_dir), self.layer.data["vars"]["name"]
+            kwargs["logger"] = default_logger(folder, name) if self.verb == "fit" else CSVLogger(folder, "logs")
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:  # for example an unknown strategy or precision
@@ -147,6 +174,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # the run folder is ours: an existing one was moved aside, or the run continues in it on purpose
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
+    # asked of plain DataLoaders only; our batches carry the ids of their samples
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
     # two libraries disagreeing inside Lightning
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
     # advertisements for other products

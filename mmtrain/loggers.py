@@ -2,10 +2,12 @@
 
 import os
 
+import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 SECONDS_TO_CONNECT = 15.0
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # one that is not 0 says: not the first process
 
 
 def default_logger(folder: str, name: str) -> Logger:
@@ -14,7 +16,7 @@ def default_logger(folder: str, name: str) -> Logger:
     Online without an answer within `SECONDS_TO_CONNECT`, or with a key that is refused, the run is logged offline.
     """
     mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "disabled")
-    if mode == "disabled" or int(os.environ.get("LOCAL_RANK") or 0) or int(os.environ.get("SLURM_PROCID") or 0):
+    if mode == "disabled" or any(int(os.environ.get(name) or 0) for name in RANKS):
         return CSVLogger(folder, name="logs")  # other processes log nothing, whichever it is
     os.makedirs(folder, exist_ok=True)
     if mode == "online":
@@ -23,14 +25,14 @@ def default_logger(folder: str, name: str) -> Logger:
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             rank_zero_warn(f"W&B does not answer ({reason}): logging offline; `wandb sync {folder}/wandb/...` later")
+            wandb.teardown()  # a process that tried to connect otherwise stays online
     return _wandb(folder, name, offline=True)
 
 
 def _wandb(folder: str, name: str, offline: bool) -> WandbLogger:
-    import wandb
-
     settings = wandb.Settings(init_timeout=SECONDS_TO_CONNECT, console="off")
+    mode = {"mode": "offline"} if offline else {}
     project = os.environ.get("WANDB_PROJECT", "mmtrain")
-    logger = WandbLogger(name=name, save_dir=folder, project=project, offline=offline, settings=settings)
+    logger = WandbLogger(name=name, save_dir=folder, project=project, offline=offline, settings=settings, **mode)
     logger.experiment  # noqa: B018  connects now, so that a failure is seen here
     return logger

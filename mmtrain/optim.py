@@ -94,5 +94,5 @@ def training_steps(trainer: pl.Trainer) -> tuple[int, int]:
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
-    total = trainer.max_steps if trainer.max_steps > 0 else per_epoch * max(1, trainer.max_epochs or 1)
-    return per_epoch, total
+    limits = [trainer.max_steps, per_epoch * (trainer.max_epochs or -1)]
+    return per_epoch, min((limit for limit in limits if limit > 0), default=per_epoch)

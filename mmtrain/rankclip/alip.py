@@ -1,22 +1,25 @@
 """ALIP (arXiv 2308.08428): raw text and a synthetic caption, weighted by how well picture and texts agree."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmtrain import distributed
 from mmtrain.config_errors import UserError
-from mmtrain.optim import AdamWSettings
 from mmtrain.rankclip.losses import RowObjective, alip_objective, alip_weights
-from mmtrain.rankclip.module import ImageTextModule, LossSettings
+from mmtrain.rankclip.module import ImageTextModule
 
 
 class Alip(ImageTextModule):
-    """ALIP, see `alip_objective`; other settings: `ImageTextModule`. Needs `extra_captions` in the data.
+    """ALIP, see `alip_objective`. Needs `extra_captions` in the data.
 
     Args:
+        architecture: ALIP uses exact GELU, so not a "-quickgelu" name.
         gamma: exponent of both gates; 2 as published.
         momentum: of the running mean similarities; 0.99 as published. They start at 1, so for about the first 100
             steps all weights are small, and they are kept in the checkpoint (the released code forgets them).
+        kwargs: further settings of `ImageTextModule`.
     """
 
     def __init__(
@@ -24,13 +27,9 @@ class Alip(ImageTextModule):
         architecture: str = "ViT-B-32",
         gamma: float = 2.0,
         momentum: float = 0.99,
-        optim: AdamWSettings | None = None,
-        loss: LossSettings | None = None,
-        micro_batch: int | None = None,
-        pretrained: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(architecture, optim, loss, micro_batch, pretrained)
-        self.save_hyperparameters()
+        super().__init__(architecture, **kwargs)
         self.gamma, self.momentum = gamma, momentum
         self.register_buffer("momenta", torch.ones(3))  # text-caption, image-text, image-caption
         self.weight_means: dict[str, Tensor] = {}

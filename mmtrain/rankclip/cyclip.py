@@ -1,32 +1,29 @@
 """CyCLIP (arXiv 2205.14459): CLIP with cyclic consistency within and across the modalities."""
 
+from typing import Any
+
 from torch import Tensor
 
-from mmtrain.optim import AdamWSettings
 from mmtrain.rankclip.losses import RowObjective, cyclip_objective
-from mmtrain.rankclip.module import ImageTextModule, LossSettings
+from mmtrain.rankclip.module import ImageTextModule
 
 
 class CyClip(ImageTextModule):
-    """CyCLIP, see `cyclip_objective`; other settings: `ImageTextModule`.
+    """CyCLIP, see `cyclip_objective`.
 
     Args:
         inmodal: lambda1; 0.25 in the authors' command.
         cross: lambda2; 0.25 likewise.
+        kwargs: settings of `ImageTextModule`.
     """
 
     def __init__(
         self,
-        architecture: str = "RN50-quickgelu",
         inmodal: float = 0.25,
         cross: float = 0.25,
-        optim: AdamWSettings | None = None,
-        loss: LossSettings | None = None,
-        micro_batch: int | None = None,
-        pretrained: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(architecture, optim, loss, micro_batch, pretrained)
-        self.save_hyperparameters()
+        super().__init__(**kwargs)
         self.inmodal, self.cross = inmodal, cross
 
     def objective(self, features: tuple[Tensor, ...]) -> RowObjective:

@@ -59,12 +59,14 @@ class ImageTextModule(pl.LightningModule):
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()  # of the subclass too
         self.architecture, self.micro_batch = architecture, micro_batch
         self.optim, self.loss_settings = optim or AdamWSettings(), loss or LossSettings()
         self.network = build_clip(architecture)
         if pretrained:
             load_pretrained(self.network, pretrained, architecture)
-        self.evaluations = nn.ModuleDict()
+        self.set_names: list[str] = []  # of the evaluation sets; a list, for modules may not have every name
+        self.evaluations = nn.ModuleList()
 
     def objective(self, features: tuple[Tensor, ...]) -> RowObjective:
         """The objective of this step, given this process's unit features."""
@@ -105,26 +107,28 @@ class ImageTextModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         if len(self.evaluations) == 0:
             sets = getattr(self.trainer.datamodule, "evaluation_sets", {})
-            self.evaluations.update({name: ImageTextEvaluation(**about) for name, about in sets.items()})
-            self.evaluations.to(self.device)
-        for evaluation in self.evaluations.values():
+            self.set_names = list(sets)
+            self.evaluations = nn.ModuleList(ImageTextEvaluation(**about) for about in sets.values()).to(self.device)
+        for evaluation in self.evaluations:
             evaluation.begin(self.network, self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        list(self.evaluations.values())[dataloader_idx].update(self.network, batch)
+        self.evaluations[dataloader_idx].update(self.network, batch)
 
     def on_validation_epoch_end(self) -> None:
-        for set_name, evaluation in self.evaluations.items():
+        for set_name, evaluation in zip(self.set_names, self.evaluations, strict=True):
             values = evaluation.compute()
             self.log_dict({f"val/{set_name}/{name}": value for name, value in values.items()})
 
     def chance_levels(self) -> dict[str, float]:
         """What guessing would score, by the name under which a metric is logged."""
-        return {
-            name: self.evaluations[name.split("/")[1]].chance(name)
+        sets = dict(zip(self.set_names, self.evaluations, strict=True))
+        parts = {
+            name: name.removeprefix("val/").rpartition("/")
             for name in self.trainer.callback_metrics
-            if name.startswith("val/") and name.split("/")[1] in self.evaluations
+            if name.startswith("val/")
         }
+        return {name: sets[of].chance(metric) for name, (of, _, metric) in parts.items() if of in sets}
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -140,17 +144,6 @@ class ImageTextModule(pl.LightningModule):
 
 class Clip(ImageTextModule):
     """CLIP: symmetric InfoNCE over the global batch (arXiv 2103.00020). Settings: `ImageTextModule`."""
-
-    def __init__(
-        self,
-        architecture: str = "ViT-B-32-quickgelu",
-        optim: AdamWSettings | None = None,
-        loss: LossSettings | None = None,
-        micro_batch: int | None = None,
-        pretrained: str | None = None,
-    ) -> None:
-        super().__init__(architecture, optim, loss, micro_batch, pretrained)
-        self.save_hyperparameters()
 
     def objective(self, features: tuple[Tensor, ...]) -> RowObjective:
         return clip_objective(self.loss_settings.dtype)
@@ -168,8 +161,7 @@ class Ramp:
 class RankClip(ImageTextModule):
     """RankCLIP: CLIP plus list-wise Plackett-Luce terms across and within the modalities (arXiv 2404.09387).
 
-    loss = L_clip + w / N * (cross * L_cross + inmodal * L_inmodal), see `rankclip_objective`. Other settings:
-    `ImageTextModule`.
+    loss = L_clip + w / N * (cross * L_cross + inmodal * L_inmodal), see `rankclip_objective`.
 
     Args:
         cross: weight of the cross-modal term; 1/16 is what the released code has built in. It really scales: the
@@ -178,24 +170,20 @@ class RankClip(ImageTextModule):
         ramp: growth of w over the run. Progress is (e - 1) / (E - 1) with epoch e from 1 to E as published, 0 for a
             single epoch; of a run given in steps, the share of steps done.
         eps: 0 is the Plackett-Luce likelihood; 1e-10 the published code, which differs once tau is large.
+        kwargs: settings of `ImageTextModule`.
     """
 
     def __init__(
         self,
-        architecture: str = "ViT-B-32-quickgelu",
         cross: float = 1 / 16,
         inmodal: float = 1 / 16,
         ramp: Ramp | None = None,
         eps: float = 0.0,
-        optim: AdamWSettings | None = None,
-        loss: LossSettings | None = None,
-        micro_batch: int | None = None,
-        pretrained: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(architecture, optim, loss, micro_batch, pretrained)
+        super().__init__(**kwargs)
         if min(cross, inmodal, eps) < 0:
             raise UserError(f"cross, inmodal and eps must not be negative, got {cross}, {inmodal} and {eps}")
-        self.save_hyperparameters()
         self.cross, self.inmodal, self.ramp, self.eps = cross, inmodal, ramp or Ramp(), eps
 
     @property

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import tarfile
 import zlib
@@ -135,6 +136,15 @@ def test_shard_that_vanishes_while_it_is_read_is_counted(shards) -> None:
     Path(shards[1]).unlink()
     ids, skipped = evaluate(source)
     assert (len(ids), skipped) == (COUNT, {"unreadable_shard": COUNT})
+
+
+def test_rewritten_shard_is_indexed_again(shards) -> None:
+    _, folder = open_index(shards)
+    first = (folder / "index.json").read_text()
+    assert open_index(shards)[1] == folder and (folder / "index.json").read_text() == first
+    os.utime(shards[0], (1, 1))
+    assert len(open_index(shards)[0]) == 2 * COUNT
+    assert (folder / "index.json").read_text() != first
 
 
 def write(folder: Path, samples: list[dict]) -> list[str]:

@@ -1,0 +1,373 @@
+"""Random state, the non-finite guard, data counters, checkpoints that are whole or not there, and the resume guard."""
+
+import csv
+import os
+import random
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mmtrain.callbacks import DataCounters, NonFiniteGuard, RandomState, random_state, set_random_state
+from mmtrain.checkpoint import AtomicCheckpointIO, ResumeGuard
+from mmtrain.config_errors import UserError
+from tests.processes import run_in_processes
+
+
+@dataclass
+class Optim:
+    lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class Net(pl.LightningModule):
+    """Two layers; at the batches of `nan_at` the gradient of the second is not finite. Draws from all generators."""
+
+    def __init__(
+        self, width: int = 2, optim: Optim | None = None, nan_at: tuple[int, ...] = (), chunk: int = 1
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        generator = torch.Generator().manual_seed(0)
+        self.first, self.second = (nn.Linear(3, width, bias=False) for _ in range(2))
+        for parameter in self.parameters():
+            parameter.data = torch.rand(parameter.shape, generator=generator)
+        self.nan_at, self.seen, self.drawn = nan_at, [], []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.drawn.append((float(torch.rand(())), float(np.random.randn()), random.gauss(0, 1)))
+        factor = float("nan") if batch_idx in self.nan_at else 1.0
+        return self.first(batch).square().sum() + factor * self.second(batch).square().sum()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append({name: p.detach().clone() for name, p in self.named_parameters()})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+class Other(Net):
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        pass
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, batch_size: int = 2, num_workers: int = 0, path: Path = Path("here")) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.rows = torch.arange(24.0).view(8, 3) / 24
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.rows, self.hparams.batch_size)
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    usual = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "default_root_dir": folder, "log_every_n_steps": 1}
+    return pl.Trainer(**(quiet | usual | {"callbacks": list(callbacks), "plugins": [AtomicCheckpointIO()]} | options))
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ----------------------------------------------------------------------------------------------- the non-finite guard
+
+
+def test_stop_leaves_the_weights_and_names_the_parameter(tmp_path) -> None:
+    net = Net(nan_at=(2,))
+    with pytest.raises(
+        UserError, match=r"step 2: the gradient is not finite \(1 parameters here, first second\.weight\)"
+    ):
+        trainer(tmp_path, NonFiniteGuard(), gradient_clip_val=1.0).fit(net, Data())
+    assert len(net.seen) == 2 and equal(dict(net.named_parameters()), net.seen[-1])
+    assert not equal(net.seen[0], net.seen[1])
+
+
+def test_skip_is_as_if_the_batch_had_not_been(tmp_path) -> None:
+    net, data = Net(nan_at=(1,)), Data()
+    with pytest.warns(UserWarning, match=r"step 1: .*the step is left out \(1 in a row\)"):
+        trainer(tmp_path, NonFiniteGuard("skip"), gradient_clip_val=1.0).fit(net, data)
+    without, shorter = Net(), Data()
+    shorter.rows = torch.cat([data.rows[:2], data.rows[4:]])
+    trainer(tmp_path, gradient_clip_val=1.0).fit(without, shorter)
+    assert equal(net.seen[1], net.seen[0])
+    assert equal(net.seen[-1], without.seen[-1]), "moments and steps of the optimizer were left alone too"
+
+
+def test_skip_gives_up_after_several_steps_in_a_row(tmp_path) -> None:
+    net = Net(nan_at=(0, 2, 3))
+    with warnings.catch_warnings(), pytest.raises(UserError, match="step 3: "):
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, NonFiniteGuard("skip", max_skipped=1)).fit(net, Data())
+    assert len(net.seen) == 3
+
+
+@pytest.mark.xfail(strict=True, raises=UserError, reason="the guard stops where the gradient scaler would go on")
+def test_overflow_in_half_precision_is_left_to_the_gradient_scaler(tmp_path) -> None:
+    """float16 starts with a scale that is too large, and halves it until the gradient fits."""
+    half = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    net = Net()
+    trainer(tmp_path, NonFiniteGuard(), plugins=[half]).fit(net, Data())
+    assert half.scaler.get_scale() == 2.0**36 and equal(net.seen[0], net.seen[-1])
+    lasting = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    with pytest.raises(UserError, match=r"step 2: .*first second\.weight"):  # 2, 1, and then it is no overflow
+        trainer(tmp_path, NonFiniteGuard(), plugins=[lasting]).fit(Net(nan_at=(0, 1, 2, 3)), Data())
+
+
+class Processes(SimpleNamespace):
+    """What the callbacks ask of a trainer."""
+
+    precision_plugin = None
+
+    @property
+    def is_global_zero(self) -> bool:
+        return torch.distributed.get_rank() == 0
+
+    @property
+    def loggers(self) -> list[Any]:
+        return [SimpleNamespace(log_metrics=lambda metrics, step: self.logged.append((metrics, step)))]
+
+
+def guard_in_processes(rank: int, world_size: int) -> dict[str, Any]:
+    """Only the last process has a NaN, then none has; then each callback that gathers."""
+    net, run = Net(), Processes(global_step=5, logged=[])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    result: dict[str, Any] = {}
+    for case, bad in (("nan", rank == world_size - 1), ("clean", False)):
+        before = net.first.weight.detach().clone()
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan") if bad else 1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            NonFiniteGuard("skip").on_before_optimizer_step(run, net, optimizer)
+        optimizer.step()
+        result[case] = float((net.first.weight - before).abs().max())
+    net.second.weight.grad[0, 0] = float("inf") if rank == world_size - 1 else 1.0
+    with pytest.raises(UserError) as stopped:
+        NonFiniteGuard().on_before_optimizer_step(run, net, optimizer)
+    result["message"] = str(stopped.value)
+    run.train_dataloader = SimpleNamespace(counts={"read": 10, f"reason{rank}": 1 + rank})
+    DataCounters().on_train_epoch_end(run, net)
+    result["logged"] = run.logged
+    torch.manual_seed(rank)
+    checkpoint: dict[str, Any] = {}
+    RandomState().on_save_checkpoint(run, net, checkpoint)
+    expected = float(torch.rand(()))
+    torch.manual_seed(99)
+    restored = RandomState()
+    restored.on_load_checkpoint(run, net, checkpoint)
+    restored.on_train_batch_start(run, net)
+    result["random"] = (float(torch.rand(())), expected)
+    return result
+
+
+def test_callbacks_over_two_processes() -> None:
+    first, second = run_in_processes(guard_in_processes, 2)
+    assert first["nan"] == second["nan"] == 0, "both leave out the step, though only one has the NaN"
+    assert first["clean"] == second["clean"] == pytest.approx(0.1)
+    assert "(another process)" in first["message"] and "first second.weight" in second["message"]
+    assert first["logged"] == [({"data/read": 20.0, "data/reason0": 1.0, "data/reason1": 2.0}, 5)]
+    assert second["logged"] == []
+    assert first["random"][0] == first["random"][1] != second["random"][0] == second["random"][1]
+
+
+# ------------------------------------------------------------------------------------------------------- random state
+
+
+def draws() -> list[float]:
+    """From every generator; odd counts of normal numbers, so that one is kept back."""
+    return [random.random(), random.gauss(0, 1), *np.random.randn(3), *torch.randn(3).tolist(), np.random.rand()]
+
+
+def test_random_state_round_trip_through_a_safe_file(tmp_path) -> None:
+    draws()
+    torch.save(random_state(), tmp_path / "state.pt")
+    expected = draws()
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert draws() == expected
+
+
+class SaveAfter(pl.Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_resumed_run_draws_what_the_undisturbed_one_drew(tmp_path) -> None:
+    pl.seed_everything(0)
+    calm = Net()
+    trainer(tmp_path, RandomState(), SaveAfter(2, tmp_path / "a.ckpt")).fit(calm, Data())
+    pl.seed_everything(1)
+    resumed = Net()
+    trainer(tmp_path, RandomState()).fit(resumed, Data(), ckpt_path=tmp_path / "a.ckpt")
+    assert len(calm.drawn) == 4 and resumed.drawn == calm.drawn[2:]
+    assert resumed.drawn[0] != calm.drawn[0]
+
+
+# ------------------------------------------------------------------------------------------------------- data counters
+
+
+class Counted(DataLoader):
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__(rows, 4)
+        self.counts = {"read": 8, "undecodable_image": 1}
+
+
+def test_data_counters_reach_the_logger(tmp_path) -> None:
+    run = trainer(tmp_path, DataCounters(), logger=CSVLogger(tmp_path, "logs"))
+    run.fit(Net(), Counted(torch.ones(8, 3)))
+    with open(tmp_path / "logs" / "version_0" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("data/read")]
+    assert [(r["data/read"], r["data/undecodable_image"], r["step"]) for r in rows] == [("8.0", "1.0", "2")]
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_midway_leaves_the_old_checkpoint(tmp_path, monkeypatch, error) -> None:
+    io, path = AtomicCheckpointIO(), tmp_path / "folder" / "last.ckpt"
+    io.save_checkpoint({"step": 1, "weights": torch.ones(3)}, path)
+    before = path.read_bytes()
+
+    def fail(_: Any, file: Any) -> None:
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    for target in (path, path.with_name("new.ckpt")):
+        with pytest.raises(type(error)):
+            io.save_checkpoint({"step": 2}, target)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["last.ckpt"]
+    assert io.load_checkpoint(path)["step"] == 1
+    monkeypatch.undo()
+    io.save_checkpoint({"step": 3}, path)
+    assert io.load_checkpoint(path) == {"step": 3} and os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_the_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch) -> None:
+    calls: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("sync"), sync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b))[1])
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    assert calls == ["sync", "replace", "sync"]
+
+
+@dataclass
+class Settings:
+    folder: Path = Path("a/b")
+    inner: list[Optim] = field(default_factory=lambda: [Optim()])
+
+
+def test_settings_are_saved_as_plain_types(tmp_path) -> None:
+    AtomicCheckpointIO().save_checkpoint({"hyper_parameters": {"s": Settings(), "p": Path("c")}}, tmp_path / "a.ckpt")
+    expected = {"s": {"folder": "a/b", "inner": [{"lr": 0.1, "betas": (0.9, 0.999)}]}, "p": "c"}
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"] == expected
+
+
+class Code:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("what", ["empty", "garbage", "text", "cut", "code", "folder", "missing"])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, what) -> None:
+    path, mark = tmp_path / "bad.ckpt", tmp_path / "code ran"
+    torch.save({"x": torch.ones(1000)}, path)
+    whole = path.read_bytes()
+    content = {"empty": b"", "garbage": random.Random(0).randbytes(5000), "text": b"<html>", "cut": whole[:2000]}
+    if what in content:
+        path.write_bytes(content[what])
+    elif what == "code":
+        torch.save({"state_dict": {}, "x": Code(mark)}, path)
+    else:
+        path.unlink()
+    if what == "folder":
+        path.mkdir()
+    with pytest.raises(UserError, match=r"^ckpt_path: .*bad\.ckpt: (not a|no such) checkpoint") as error:
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert not mark.exists() and "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- resume guard
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    saving = SaveAfter(2, tmp_path / "guarded.ckpt")
+    trainer(tmp_path, ResumeGuard(), saving, max_steps=4).fit(Net(optim=Optim()), Data())
+    return tmp_path / "guarded.ckpt"
+
+
+def test_resume_guard_names_every_changed_setting(checkpoint, tmp_path) -> None:
+    net, data = Net(width=5, optim=Optim(lr=0.2, betas=(0.8, 0.999))), Data(batch_size=4, path=Path("there"))
+    with pytest.raises(UserError) as refused:
+        trainer(tmp_path, ResumeGuard(), max_steps=6, precision="bf16-true").fit(net, data, ckpt_path=checkpoint)
+    message = str(refused.value)
+    for line in (
+        "model.width: 2 then, 5 now",
+        "model.optim.lr: 0.1 then, 0.2 now",
+        "model.optim.betas: [0.9, 0.999] then, [0.8, 0.999] now",
+        "data.batch_size: 2 then, 4 now",
+        "data.path: 'here' then, 'there' now",
+        "trainer.max_steps: 4 then, 6 now",
+        "trainer.precision: '32-true' then, 'bf16-true' now",
+    ):
+        assert f"  {line}\n" in message
+    assert message.count(" then, ") == 7, "nothing else has changed"
+
+
+def test_resume_guard_lets_the_same_and_the_harmless_pass(checkpoint, tmp_path) -> None:
+    net = Net(optim=Optim(), chunk=7)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="resuming with another")
+        trainer(tmp_path, ResumeGuard(), max_steps=4).fit(net, Data(num_workers=3), ckpt_path=checkpoint)
+    assert len(net.seen) == 2
+
+
+@pytest.mark.parametrize("allow", [["trainer.max_steps", "data.path"], "all"])
+def test_resume_guard_warns_of_what_it_was_told_to_allow(checkpoint, tmp_path, allow) -> None:
+    net, data = Net(optim=Optim()), Data(path=Path("there"))
+    with pytest.warns(UserWarning) as warned:
+        trainer(tmp_path, ResumeGuard(allow), max_steps=3).fit(net, data, ckpt_path=checkpoint)
+    lines = {str(w.message) for w in warned if "resuming with another" in str(w.message)}
+    assert lines == {
+        "resuming with another data.path: 'here' then, 'there' now",
+        "resuming with another trainer.max_steps: 4 then, 3 now",
+    }
+    assert len(net.seen) == 1
+    with pytest.raises(UserError, match=r"data\.path: 'here' then"):
+        trainer(tmp_path, ResumeGuard(["trainer.max_steps"]), max_steps=3).fit(
+            Net(optim=Optim()), data, ckpt_path=checkpoint
+        )
+
+
+def test_resume_guard_sees_another_class_and_does_not_look_outside_fit(checkpoint, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"model\.class: 'tests\.test_callbacks\.Net' then, .*Other"):
+        trainer(tmp_path, ResumeGuard(), max_steps=4).fit(Other(optim=Optim()), Data(), ckpt_path=checkpoint)
+    run = trainer(tmp_path, ResumeGuard())
+    run.validate(Other(optim=Optim()), DataLoader(torch.ones(2, 3)), ckpt_path=checkpoint)

@@ -1,0 +1,81 @@
+"""Every shipped config is instantiated: trainer, model and data module, with the values that it promises."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.cli import LightningCLI
+
+from mmtrain.__main__ import main
+from mmtrain.listing import configs_dir
+
+RUNS = sorted(p.stem for p in configs_dir().glob("*.yaml") if not p.read_text().startswith("# Layer:"))
+LAYERS = sorted(p.stem for p in configs_dir().glob("*.yaml") if p.read_text().startswith("# Layer:"))
+
+
+@pytest.fixture
+def instantiate(monkeypatch, tmp_path):
+    """Returns a function: words after `fit` -> (trainer, model, datamodule), nothing trained."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+    keep = lambda cli, _: found.extend((cli.trainer, cli.model, cli.datamodule))  # noqa: E731
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", keep)
+
+    def run(*words: str) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
+        found.clear()
+        assert main(["fit", *words]) == 0
+        return tuple(found)
+
+    return run
+
+
+def test_there_are_the_configs_that_the_readme_names() -> None:
+    assert (
+        sorted(
+            [f"{m}_{d}" for m in ("rankclip", "clip", "cyclip", "alip") for d in ("cc3m", "emoji")]
+            + ["rankclip_yfcc15m"]
+        )
+        == RUNS
+    )
+    assert LAYERS == ["base", "cluster", "laptop", "rn50"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_config_is_instantiated(instantiate, name: str) -> None:
+    trainer, model, data = instantiate("-c", name)
+    method = {"rankclip": "RankClip", "clip": "Clip", "cyclip": "CyClip", "alip": "Alip"}[name.split("_")[0]]
+    assert type(model).__name__ == method
+    assert trainer.default_root_dir.endswith(f"runs/{name}")
+    names = [type(c).__name__ for c in trainer.callbacks]
+    assert {"RandomState", "NonFiniteGuard", "ResumeGuard", "Preemption", "LastCheckpoint"} <= set(names)
+    if name.endswith("emoji"):
+        assert type(data).__name__ == "EmojiDataModule" and data.pictures.size == 64
+    else:
+        assert model.architecture == ("ViT-B-32" if method == "Alip" else "ViT-B-32-quickgelu")
+        assert sum(p.numel() for p in model.network.parameters()) == 151_277_313
+        assert data.loading["batch_size"] == 512 and trainer.precision == "bf16-mixed"
+        assert "ModelCheckpoint" in names
+    if method == "RankClip":
+        assert model.eps == (0.0 if name.endswith("emoji") else 1e-10)
+        assert (model.cross, model.inmodal, model.ramp.slope) == (1 / 16, 1 / 16, 3.0)
+
+
+def test_layers_change_what_they_say(instantiate, monkeypatch) -> None:
+    _, model, _ = instantiate("-c", "rankclip_cc3m", "-c", "rn50")
+    assert model.architecture == "RN50-quickgelu"
+    assert sum(p.numel() for p in model.network.parameters()) == 102_007_137
+    trainer, model, data = instantiate("-c", "rankclip_cc3m", "-c", "laptop", "--data.evaluate.imagenet", "null")
+    assert (model.architecture, data.pictures.size, trainer.precision) == ("rn_small.json", 64, "32-true")
+    assert list(data.evaluate) == ["cc3m_val"]
+    assert model.eps == 1e-10  # what a layer does not name stays
+    monkeypatch.setenv("SLURM_NNODES", "4")
+    assert main(["fit", "-c", "rankclip_cc3m", "-c", "cluster", "--print_config"]) == 0
+
+
+def test_config_text_names_the_published_form_and_its_command(capsys) -> None:
+    for name in RUNS:
+        text = Path(configs_dir() / f"{name}.yaml").read_text()
+        assert f"python -m mmtrain fit -c configs/{name}.yaml" in text
+    assert "PUBLISHED" in (configs_dir() / "rankclip_cc3m.yaml").read_text()
+    main(["fit", "-c", "rankclip_cc3m", "--vars.data", "elsewhere", "--print_config"])
+    assert "elsewhere/cc3m/cc3m-train-{0000..0575}.tar" in capsys.readouterr().out
