@@ -75,7 +75,8 @@ class NonFiniteGuard(pl.Callback):
     """Looks at the gradients of all processes before each optimizer step; one NaN would ruin all weights.
 
     Args:
-        action: "stop" raises and leaves the weights as they were; "skip" leaves out the step, on all processes.
+        action: "stop" raises and leaves the weights as they were; "skip" leaves out the step, on all processes. While a
+            gradient scaler (float16) looks for its scale, such steps are its own business, and it leaves them out.
         max_skipped: "skip" stops after this many steps in a row.
     """
 
@@ -87,6 +88,9 @@ class NonFiniteGuard(pl.Callback):
         norm = torch.stack(torch._foreach_norm(grads)).sum() if grads else torch.zeros(())
         if not distributed.any_process(not bool(norm.isfinite()), pl_module.device):
             self.skipped = 0
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() >= 1:  # below 1 it is no overflow any more
             return
         bad = [name for name, p in pl_module.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
         where = f"{len(bad)} parameters here, first {bad[0]}" if bad else "another process"

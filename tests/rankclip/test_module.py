@@ -62,7 +62,7 @@ def test_four_steps_of_the_released_trainer(name: str, chunk: int) -> None:
         if step == 0:
             parameters = dict(model.named_parameters())
             norms = [parameters[key].grad.norm() for key in MANIFEST[name]["parameter_order"]]
-            np.testing.assert_allclose(norms, golden["train_step/grad_norms"], rtol=1e-3, atol=1e-8)
+            np.testing.assert_allclose(norms, golden["train_step/grad_norms"], rtol=1e-3, atol=1e-6)
         optimizer.step()
         model.logit_scale.data.clamp_(0, 4.6052)
     np.testing.assert_allclose(losses[0], golden["train_step/losses"][0], rtol=1e-5)
