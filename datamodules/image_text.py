@@ -1,7 +1,6 @@
 """Image-text pairs for contrastive pretraining, and labelled or captioned sets to evaluate on."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from datamodules.loading import Draw, EvaluationLoader, TrainLoader
-from datamodules.paths import expand_shards, is_remote
+from datamodules.paths import any_exists
 from datamodules.sources import (
+    Columns,
     CsvSource,
     FolderSource,
     Sample,
@@ -72,6 +72,7 @@ class EvaluationSet:
         label: where a shard's class number is ("cls", "json:KEY"), None for no classification.
         classes: "imagenet", or a json/yaml file with a list of names or {"classes": [...]}; None takes folder names.
         templates: prompts with {} for the class name, or "openai_imagenet" for the 80 of the CLIP paper.
+        columns: of a csv; rows with the same picture are its captions.
     """
 
     path: str | list[str]
@@ -79,29 +80,30 @@ class EvaluationSet:
     label: str | None = None
     classes: str | None = None
     templates: str | list[str] = "openai_imagenet"
+    columns: Columns | None = None
 
     def exists(self) -> bool:
-        """False if the path is not there, or a pattern matches nothing; object stores are not asked."""
-        if isinstance(self.path, str) and not is_remote(self.path) and not any(c in self.path for c in "*?{"):
-            return os.path.exists(self.path)
-        try:
-            return bool(expand_shards(self.path))
-        except UserError:
-            return False
+        """False if nothing at all is there; object stores are not asked."""
+        return any_exists(self.path)
 
     def open(self) -> Source:
         """The set's source."""
         if is_picture_folder(self.path):
             return FolderSource(self.path)
         if is_csv(self.path):
-            return CsvSource(self.path)
+            return CsvSource(self.path, self.columns, group=True)
         return ShardSource(self.path, self.captions, None, self.label)
 
     def prompts(self, source: Source, pictures: Pictures) -> Tensor | None:
         """Token ids [classes, templates, context_length] of the zero-shot prompts, None for an unlabelled set."""
-        if self.label is None and not isinstance(source, FolderSource):
+        folders = source.class_names if isinstance(source, FolderSource) else None
+        if folders is None and (self.label is None or isinstance(source, CsvSource)):
             return None
-        names = class_names(self.classes, getattr(source, "class_names", None))
+        names = class_names(self.classes, folders)
+        if folders is not None and len(names) != len(folders):
+            raise UserError(
+                f"classes: {self.classes} has {len(names)} names for the {len(folders)} folders of {self.path}"
+            )
         templates = self.templates
         if templates == "openai_imagenet":
             filled = [[template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in names]
@@ -207,6 +209,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         train: shards (paths, folders, globs, brace ranges, URLs), or one csv/tsv with columns image and caption.
         captions: "txt", another member extension, or "json:KEY"; of a list one caption is drawn each time.
         extra_captions: a second text for ALIP in the same notation, such as "caption.txt".
+        columns: of a csv.
         evaluate: name -> set; null takes out a set of an earlier layer.
         batch_size: GLOBAL batch, divided among the processes; contrastive losses depend on it.
         pictures: sizes and augmentation.
@@ -222,6 +225,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         train: str | list[str],
         captions: str = "txt",
         extra_captions: str | None = None,
+        columns: Columns | None = None,
         evaluate: dict[str, EvaluationSet | None] | None = None,
         batch_size: int = 512,
         pictures: Pictures | None = None,
@@ -238,6 +242,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         self.loading = {
             "batch_size": batch_size, "seed": seed, "shuffle_shards": shuffle_shards, "max_lost": max_lost
         }  # fmt: skip
+        self.columns = columns
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
         self.pictures = pictures or Pictures()
         self.evaluate = {name: chosen for name, chosen in (evaluate or {}).items() if chosen is not None}
@@ -248,7 +253,8 @@ class ImageTextDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Index the shards once for each machine, so that `setup` finds the index."""
-        self._open_train()
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            self._open_train()
         for evaluation in self.evaluate.values():
             if evaluation.exists():
                 evaluation.open()
@@ -273,12 +279,13 @@ class ImageTextDataModule(pl.LightningDataModule):
                 "prompts": evaluation.prompts(self.sources[name], self.pictures),
             }
 
+        if stage != "fit" and not self.sources and self.train_source is None:
+            raise UserError(f"data.evaluate: none of its sets exists: {', '.join(self.evaluate) or 'none is named'}")
+
     def _open_train(self) -> Source:
         if is_csv(self.train):
-            return CsvSource(self.train, max_lost=self.max_lost)
-        return ShardSource(
-            self.train, self.captions, self.extra_captions, max_lost=self.max_lost, index_workers=os.cpu_count() or 1
-        )
+            return CsvSource(self.train, self.columns, self.max_lost)
+        return ShardSource(self.train, self.captions, self.extra_captions, max_lost=self.max_lost)
 
     def _report(self, name: str, source: Source) -> None:
         self.data_counts[name] = dict(source.counts)

@@ -147,12 +147,12 @@ class TrainLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Place in the order, and the counters."""
+        """Place in the order: the same on all processes. The counters differ; `DataCounters` keeps them."""
         return {
             "epoch": self.sampler.epoch,
             "position": self.sampler.position,
             "samples": self.sampler.num_samples,
-            "counts": dict(self.counts),
+            "batch_size": self.sampler.batch_size,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -166,8 +166,12 @@ class TrainLoader:
                 f"the checkpoint was made with {state['samples']} training samples, "
                 f"now there are {self.sampler.num_samples}: restore the data, or start a new run from the weights"
             )
+        if state["batch_size"] != self.sampler.batch_size:
+            raise UserError(
+                f"batch_size: {self.sampler.batch_size} now, {state['batch_size']} in the checkpoint, "
+                "so its place in the epoch cannot be found: set it back, or start a new run from the weights"
+            )
         self.sampler.epoch, self.sampler.position = state["epoch"], state["position"]
-        self.counts = Counter(state["counts"])
 
     def _count(self, skipped: dict[str, int]) -> None:
         self.counts["read"] += self.sampler.local

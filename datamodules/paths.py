@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,13 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(found))
 
 
+def any_exists(shards: str | Sequence[str]) -> bool:
+    """Whether something is there under any of these names or patterns; URLs of object stores count as there."""
+    patterns = [shards] if isinstance(shards, str) else shards
+    names = [name for p in patterns for name in (expand_urls(str(p)) if "{" in str(p) else [str(p)])]
+    return any(is_remote(n) or glob.glob(n.removeprefix("file://")) for n in names)
+
+
 def _expand_one(pattern: str) -> list[str]:
     if pattern.startswith("pipe:"):
         raise UserError(
@@ -80,12 +88,13 @@ def unpacked(url: str) -> str:
     target = cache_folder() / "unpacked" / tag / os.path.basename(url).removesuffix(".gz")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".part{os.getpid()}")
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as plain:
+            part = plain.name
         try:
             with gzip.open(url) as packed, open(part, "wb") as plain:
                 shutil.copyfileobj(packed, plain)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            part.unlink()
+            os.unlink(part)
             raise UserError(f"{url}: cut, or not a gzip file ({error})") from error
         stats = url.removesuffix(".tar.gz") + "_stats.json"
         if os.path.exists(stats):

@@ -7,7 +7,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,11 +73,10 @@ class ShardSource:
         extra_captions: str | None = None,
         label: str | None = None,
         max_lost: float = 0.01,
-        index_workers: int = 1,
     ) -> None:
         self.fields = {"captions": captions, "extra_captions": extra_captions, "label": label}
         self.fields = {name: spec for name, spec in self.fields.items() if spec}
-        index, self.index_folder = open_index([unpacked(u) for u in expand_shards(shards)], index_workers)
+        index, self.index_folder = open_index([unpacked(u) for u in expand_shards(shards)])
         extensions = {name: (_extension(spec),) for name, spec in self.fields.items()}
         self.reader = ShardReader(index, {"image": IMAGE_EXTENSIONS, **extensions})
         usable = np.ones(len(index), bool)
@@ -170,8 +169,20 @@ def _missing_from_shards(shards: Sequence[Shard]) -> int:
     return sum(s.lost for s in shards if s not in unknown) + average * len(unknown)
 
 
+@dataclass
+class Columns:
+    """Names of the columns of a csv, and what separates them; None is a tab in a .tsv, else a comma."""
+
+    image: str = "image"
+    caption: str = "caption"
+    delimiter: str | None = None
+
+
 class CsvSource:
     """Pairs from a csv or tsv with a header, as the official code reads: paths relative to the file's folder.
+
+    Args:
+        group: rows of the same picture are one sample with several captions, as retrieval wants it.
 
     Raises:
         UserError: no such file or column, or the official list of URLs, which has no pictures yet.
@@ -179,63 +190,73 @@ class CsvSource:
 
     shard_starts = None
 
-    def __init__(
-        self,
-        path: str,
-        image_column: str = "image",
-        caption_column: str = "caption",
-        delimiter: str | None = None,
-        max_lost: float = 0.01,
-    ) -> None:
+    def __init__(self, path: str, columns: Columns | None = None, max_lost: float = 0.01, group: bool = False) -> None:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file")
         self.root = Path(path).parent
-        delimiter = delimiter or ("\t" if path.endswith(".tsv") else ",")
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            rows = csv.reader(file, delimiter=delimiter)
-            header = next(rows, [])
-            if any(cell.startswith(("http://", "https://")) for cell in header):
-                raise UserError(
-                    f"{path}: this is the list of captions and URLs; fetch the pictures first: add a header line "
-                    f"`caption{delimiter}url` and run img2dataset --input_format tsv --url_col url "
-                    "--caption_col caption --output_format webdataset --resize_mode keep_ratio "
-                    "--resize_only_if_bigger True"
-                )
-            if image_column not in header or caption_column not in header:
-                raise UserError(
-                    f"{path}: columns {image_column!r} and {caption_column!r} are wanted, the header has {header}: "
-                    "set image_column and caption_column"
-                )
-            image, caption = header.index(image_column), header.index(caption_column)
-            lost: Counter[str] = Counter()
-            paths, captions = _Strings(), _Strings()
-            for row in rows:
-                if len(row) <= max(image, caption) or not row[image].strip() or not row[caption].strip():
-                    lost["empty_path_or_caption"] += 1
-                    continue
-                paths.append(row[image].strip())
-                captions.append(row[caption].strip())
-        self.paths, self.texts = paths.freeze(), captions.freeze()
-        self.counts = {"samples": len(paths)} | dict(lost)
+        lost: Counter[str] = Counter()
+        self.paths, self.texts = _Strings(), _Strings()
+        rows_of: dict[str, list[int]] = {}
+        for image, caption in _pairs(path, columns or Columns()):
+            if not image or not caption:
+                lost["empty_path_or_caption"] += 1
+                continue
+            if group:
+                rows_of.setdefault(image, []).append(len(self.paths))
+            self.paths.append(image)
+            self.texts.append(caption)
+        self.paths.freeze()
+        self.texts.freeze()
+        self.groups = list(rows_of.values()) if group else None
+        self.counts = {"samples": len(self)} | dict(lost)
         self.warnings: list[str] = []
         empty = sum(lost.values())
-        total = len(paths) + empty
-        if not len(paths) or empty > max_lost * total:
+        total = len(self.paths) + empty
+        if not len(self.paths) or empty > max_lost * total:
             raise UserError(
                 f"{path}: {empty} of {total} rows have no path or no caption, more than max_lost = {max_lost:.2%}"
             )
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.groups) if self.groups is not None else len(self.paths)
 
     def read(self, samples: Sequence[int]) -> list[Sample | UnusableSample]:
         return [self._read_one(s) for s in samples]
 
     def _read_one(self, sample: int) -> Sample | UnusableSample:
+        rows = self.groups[sample] if self.groups is not None else [sample]
         try:
-            return Sample((self.root / self.paths[sample]).read_bytes(), [self.texts[sample]])
+            return Sample((self.root / self.paths[rows[0]]).read_bytes(), [self.texts[row] for row in rows])
         except OSError:
             return UnusableSample("missing_file")
+
+
+def _pairs(path: str, columns: Columns) -> Iterator[tuple[str, str]]:
+    """Path and caption of every row, stripped; a row that is too short gives empty ones."""
+    delimiter = columns.delimiter or ("\t" if path.endswith(".tsv") else ",")
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # a quote in a tsv is part of the caption
+    csv.field_size_limit(2**24)
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.reader(file, delimiter=delimiter, quoting=quoting)
+        header = next(rows, [])
+        if any(cell.startswith(("http://", "https://")) for cell in header):
+            raise UserError(
+                f"{path}: this is the list of captions and URLs; fetch the pictures first: add a header line "
+                f"`caption{delimiter}url` and run img2dataset --input_format tsv --url_col url --caption_col caption "
+                "--output_format webdataset --resize_mode keep_ratio --resize_only_if_bigger True"
+            )
+        if columns.image not in header or columns.caption not in header:
+            raise UserError(
+                f"{path}: columns {columns.image!r} and {columns.caption!r} are wanted, the header has {header}: "
+                "set columns.image and columns.caption"
+            )
+        image, caption = header.index(columns.image), header.index(columns.caption)
+        try:
+            for row in rows:
+                long_enough = len(row) > max(image, caption)
+                yield (row[image].strip(), row[caption].strip()) if long_enough else ("", "")
+        except csv.Error as error:
+            raise UserError(f"{path}: line {rows.line_num}: {error}") from error
 
 
 class _Strings:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -184,7 +185,7 @@ def _expected_count(url: str) -> int | None:
     try:
         with fsspec.open(stats, "rt") as file:
             return int(json.load(file)["successes"])
-    except (OSError, KeyError, ValueError, TypeError):
+    except Exception:  # optional, and each object store has its own way to say that there is none
         return None
 
 
@@ -225,7 +226,8 @@ class _InThisProcess:
 
 def index_folders(urls: Sequence[str]) -> list[Path]:
     """Where the index of these shards may lie: beside them when they share a local folder, and in the cache."""
-    name = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:12]
+    whole = [url if is_remote(url) else os.path.abspath(url) for url in urls]
+    name = hashlib.sha256("\n".join(whole).encode()).hexdigest()[:12]
     places = [cache_folder() / "index" / name]
     folders = {os.path.dirname(os.path.abspath(url)) for url in urls}
     if not any(map(is_remote, urls)) and len(folders) == 1:
@@ -235,8 +237,8 @@ def index_folders(urls: Sequence[str]) -> list[Path]:
 
 def save_index(index: ShardIndex, folder: Path) -> None:
     """Write the index as a folder of one JSON and two arrays that are memory-mapped when read; atomic."""
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part", dir=folder.parent))
     np.save(part / "members.npy", index.members)
     np.save(part / "first_member.npy", index.first_member)
     about = {"version": VERSION, "extensions": index.extensions, "shards": [asdict(s) for s in index.shards]}
@@ -305,6 +307,8 @@ def open_index(
             return load_index(place), place
     index = build_index(urls, workers)
     for place in places:
+        if not rebuild and is_current(place):  # another run was faster: leave its index, it may be in use
+            return load_index(place), place
         try:
             save_index(index, place)
             return load_index(place), place

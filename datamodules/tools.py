@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
         "index", help="count and check the samples of shards, once", description=index_shards.__doc__
     )
     index.add_argument("shards", nargs="+", help="paths, folders, globs, {00000..00331} ranges or URLs")
-    index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="shards read at a time")
+    index.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="shards read at a time")
     index.add_argument("--rebuild", action="store_true", help="read all shards again, also if an index exists")
     index.add_argument("--out", type=Path, help="folder of the index; default: beside the shards, or the cache")
     index.set_defaults(run=lambda a: index_shards(a.shards, a.workers, a.rebuild, a.out))

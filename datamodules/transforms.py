@@ -83,6 +83,9 @@ def resize_and_centre_crop(picture: Tensor, size: int, interpolation: Interpolat
     """Shorter side to `size`, then the centre [3, size, size]; CLIP's evaluation transform."""
     if picture.shape[-2:] == (size, size):
         return picture
+    shorter = min(picture.shape[-2:])
+    if max(picture.shape[-2:]) > 8 * shorter:  # only the middle is kept: a thin strip would first grow beyond memory
+        picture = TF.center_crop(picture, [min(side, 4 * shorter) for side in picture.shape[-2:]])
     picture = TF.resize(picture, [size], interpolation=TF.InterpolationMode(interpolation), antialias=True)
     return TF.center_crop(picture, [size, size])
 

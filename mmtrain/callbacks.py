@@ -2,6 +2,7 @@
 
 import random
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 class Preemption(pl.Callback):
-    """On SIGTERM of any process: finish the batch, write the `last` checkpoint, exit with 143.
+    """On SIGTERM of any process: finish the optimizer step, write `last.ckpt`; the first process exits with 143.
 
     The handler only sets a flag, for the signal can come inside a backward pass or a collective; one that comes during
     validation, where processes may have different numbers of batches, is acted on after the next training batch.
@@ -119,6 +120,7 @@ class Preemption(pl.Callback):
 
     def __init__(self) -> None:
         self._received = False
+        self._step_before = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGTERM, self._note)  # replaces Lightning's, which ends with exit code 0
@@ -126,7 +128,12 @@ class Preemption(pl.Callback):
     def _note(self, *_: Any) -> None:
         self._received = True
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._step_before = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step_before:
+            return  # gradients are being accumulated, and a checkpoint does not hold them
         if distributed.any_process(self._received, pl_module.device):
             self._leave(trainer)
 
@@ -137,22 +144,47 @@ class Preemption(pl.Callback):
         if trainer.is_global_zero:
             saved = f"saved {last.path}, go on with --ckpt_path last" if last else "no LastCheckpoint, nothing saved"
             Console(stderr=True).print(f"terminated at step {trainer.global_step}; {saved}")
-        raise SystemExit(143)
+        # The first process speaks for the run. A launcher that sees another one fail may kill it in mid-teardown.
+        raise SystemExit(143 if trainer.is_global_zero else 0)
 
 
 class DataCounters(pl.Callback):
-    """Logs samples read and left out, by reason, summed over the processes at the end of each epoch."""
+    """Logs samples read and left out, by reason, summed over the processes at the end of each epoch.
+
+    The counters of every process go into the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: list[dict[str, int]] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        counts = dict(getattr(trainer.train_dataloader, "counts", {}))
-        gathered: list[dict[str, int]] = [counts]
-        if distributed.world_size() > 1:
-            gathered = [{}] * distributed.world_size()
-            torch.distributed.all_gather_object(gathered, counts)
-        total = {name: sum(c.get(name, 0) for c in gathered) for name in sorted({n for c in gathered for n in c})}
+        total = sum((Counter(counts) for counts in gather_counts(trainer)), Counter())
         if total and trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics({f"data/{name}": float(n) for name, n in total.items()}, trainer.global_step)
+                logger.log_metrics({f"data/{name}": float(n) for name, n in sorted(total.items())}, trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint["data_counters"] = gather_counts(trainer)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self._loaded = checkpoint.get("data_counters", [])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        own = self._loaded[
+            distributed.rank() :: distributed.world_size()
+        ]  # of more processes than now: all find a place
+        if own and hasattr(trainer.train_dataloader, "counts"):
+            trainer.train_dataloader.counts = sum((Counter(counts) for counts in own), Counter())
+        self._loaded = []
+
+
+def gather_counts(trainer: pl.Trainer) -> list[dict[str, int]]:
+    """Counters of the training loader of every process, in rank order."""
+    counts = [dict(getattr(trainer.train_dataloader, "counts", {}))]
+    if distributed.world_size() > 1:
+        own, counts = counts[0], [{}] * distributed.world_size()
+        torch.distributed.all_gather_object(counts, own)
+    return counts
 
 
 class EvaluationTable(pl.Callback):
@@ -209,10 +241,19 @@ class PredictionFiles(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        if not prediction:
+            return  # nothing of the batch could be read
         folder = Path(trainer.default_root_dir) / "predictions"
-        folder.mkdir(parents=True, exist_ok=True)
         on_cpu = {name: value.cpu() for name, value in prediction.items()}
         torch.save(on_cpu, folder / f"{dataloader_idx}-{batch_idx:05d}-rank{trainer.global_rank}.pt")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir) / "predictions"
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("*-rank*.pt"):
+                old.unlink()
+        trainer.strategy.barrier()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +16,7 @@ from mmtrain.config_errors import UserError, clip
 LAST = "last.ckpt"
 
 # Settings that do not change what is computed, so they may differ on resume without a word.
-HARMLESS = ("num_workers", "index_workers", "pretrained", "eval_batch_size", "micro_batch", "chunk", "evaluate")
+HARMLESS = ("num_workers", "pretrained", "eval_batch_size", "chunk", "evaluate")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,6 +32,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: the folder cannot be written to, or the disk is full; the old checkpoint stays.
         """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)  # a store writes whole objects by itself
+            return
         path = Path(path)
         checkpoint = {k: plain(v) if k.endswith("hyper_parameters") else v for k, v in checkpoint.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +62,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: no such file, or one that cannot be read, or that holds code.
         """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
         if not os.path.exists(path):
             raise UserError(f"ckpt_path: {path}: no such checkpoint")
         try:
@@ -77,7 +82,7 @@ class ResumeGuard(pl.Callback):
         allow: keys that may differ, besides those that do not change what is computed; "all" only warns.
     """
 
-    def __init__(self, allow: list[str] | str = ()) -> None:
+    def __init__(self, allow: list[str] | Literal["all"] = ()) -> None:
         self.allow = allow
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
@@ -94,6 +99,9 @@ class ResumeGuard(pl.Callback):
             load(checkpoint)
 
         pl_module.on_load_checkpoint = check_and_load
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("on_load_checkpoint", None)
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raise a UserError that names every setting that changed; those that are allowed give a warning."""
@@ -124,10 +132,11 @@ def run_settings(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, A
             "precision": trainer.precision,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
             "limit_train_batches": trainer.limit_train_batches,
         },
     }
-    return flatten(settings)
+    return flatten(settings | {"seed_everything": os.environ.get("PL_GLOBAL_SEED")})
 
 
 def plain(value: Any) -> Any:
@@ -177,6 +186,7 @@ class LastCheckpoint(ModelCheckpoint):
             save_top_k=1,  # without a metric to monitor: the newest
             enable_version_counter=False,
         )
+        self._step_before: int | None = None  # of the present batch
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
@@ -187,7 +197,22 @@ class LastCheckpoint(ModelCheckpoint):
         """The file."""
         return os.path.join(self.dirpath, LAST)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # After a checkpoint of an epoch's last batch Lightning begins the next epoch without counting it as begun, and
+        # a checkpoint inside that epoch would then pass for a finished one: a second resume would lose its place.
+        loop, epoch = trainer.fit_loop, trainer.fit_loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epoch.processed == epoch.started:
+            loop.reset_restart_stage()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step != self._step_before:  # else gradients are being accumulated, which no checkpoint holds
+            super().on_train_batch_end(trainer, *args)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step:
+        if self._step_before is not None and self._last_global_step_saved != trainer.global_step:
             self._save_checkpoint(trainer, self.path)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NoReturn
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -97,13 +98,6 @@ class CLI(LightningCLI):
             self.constructor_error = error
             raise
 
-    def before_instantiate_classes(self) -> None:
-        config = self.config[self.verb]
-        fresh = self.verb == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run
-        folder = config.trainer.default_root_dir
-        if fresh and folder and is_first_process() and (aside := move_aside(str(folder))):
-            say_once(f"{folder} held an earlier run: moved to {aside}")
-
     def after_fit(self) -> None:
         """`fit` ends with the figures of its final weights, also when it stopped between two evaluations."""
         table = next((c for c in self.trainer.callbacks if isinstance(c, EvaluationTable)), None)
@@ -139,8 +133,15 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[self.verb].trainer
+        fresh = self.verb == "fit" and not self.config_init[self.verb].ckpt_path and not trainer.fast_dev_run
+        folder = str(trainer.default_root_dir or "")
+        # only now, when model and data could be made: a mistake there must not move a run away
+        if fresh and folder and is_first_process() and (aside := move_aside(folder)):
+            say_once(f"{folder} held an earlier run: moved to {aside}")
+        if trainer.logger is False and trainer.callbacks:
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, LearningRateMonitor)]  # it insists
         if trainer.logger is None and not trainer.fast_dev_run:
-            folder, name = str(trainer.default_root_dir), self.layer.data["vars"]["name"]
+            name = self.layer.data["vars"]["name"]
             kwargs["logger"] = default_logger(folder, name) if self.verb == "fit" else CSVLogger(folder, "logs")
         try:
             return super().instantiate_trainer(**kwargs)
@@ -176,6 +177,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
     # asked of plain DataLoaders only; our batches carry the ids of their samples
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
+    # our evaluation metrics are gathered by torchmetrics before they are logged
+    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True.*")
     # two libraries disagreeing inside Lightning
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
     # advertisements for other products

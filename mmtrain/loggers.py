@@ -6,8 +6,9 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from mmtrain.config_errors import is_first_process
+
 SECONDS_TO_CONNECT = 15.0
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # one that is not 0 says: not the first process
 
 
 def default_logger(folder: str, name: str) -> Logger:
@@ -16,7 +17,7 @@ def default_logger(folder: str, name: str) -> Logger:
     Online without an answer within `SECONDS_TO_CONNECT`, or with a key that is refused, the run is logged offline.
     """
     mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "disabled")
-    if mode == "disabled" or any(int(os.environ.get(name) or 0) for name in RANKS):
+    if mode == "disabled" or not is_first_process():
         return CSVLogger(folder, name="logs")  # other processes log nothing, whichever it is
     os.makedirs(folder, exist_ok=True)
     if mode == "online":

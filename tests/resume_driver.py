@@ -32,13 +32,14 @@ ARCHITECTURE = {
 }
 
 
-def write_config(folder: Path, workers: int, processes: int) -> Path:
-    """A RankCLIP run of 3 epochs of 12 steps with random crops and patch dropout, saved every 3 steps."""
+def write_config(folder: Path, workers: int, processes: int, accumulate: int) -> Path:
+    """A RankCLIP run of 3 epochs of 12 batches with random crops and patch dropout, saved every 3 steps."""
     shards = write_pairs(folder / "shards", [60, 37], size=40)
     (folder / "resume_vit.json").write_text(json.dumps(ARCHITECTURE))
     config = {
         "trainer": {
             "max_epochs": 3,
+            "accumulate_grad_batches": accumulate,
             "accelerator": "cpu",
             "devices": processes,
             "strategy": "ddp" if processes > 1 else "auto",
@@ -116,14 +117,15 @@ def wait(children: list[int], seconds: float, until: Callable[[], bool] = lambda
 class Versions:
     """Counts how often a checkpoint was replaced, so that a kill can be aimed at any part of a run on any machine."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.seen = path, set()
+    def __init__(self, path: Path, ignore_first: bool) -> None:
+        self.path, self.seen, self.ignored = path, set(), 0
+        self.ignored = self() if ignore_first else 0
 
     def __call__(self) -> int:
         with contextlib.suppress(FileNotFoundError):
             status = self.path.stat()
             self.seen.add((status.st_ino, status.st_mtime_ns))
-        return len(self.seen)
+        return len(self.seen) - self.ignored
 
 
 def send(children: list[int], number: int) -> None:
@@ -151,40 +153,53 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-def experiment(root: Path, kills: int, workers: int, processes: int, seed: int, number: int) -> dict:
-    """One undisturbed run, then `kills` runs that are killed once each."""
+def experiment(root: Path, kills: int, workers: int, processes: int, seed: int, number: int, accumulate: int) -> dict:
+    """One undisturbed run, then runs that are killed twice each until there were `kills` kills."""
     torch.set_num_threads(1)
-    config = write_config(root, workers, processes)
+    config = write_config(root, workers, processes, accumulate)
     codes = wait(start(config, root / "calm", False, processes, root / "calm.log"), 120)
     assert codes == [0] * processes, (codes, (root / "calm.log").read_text()[-3000:])
     calm = final_state(root / "calm")
-    generator, rows = random.Random(seed), []
-    for i in range(kills):
-        folder, log = root / f"killed{i}", root / f"killed{i}.log"
-        children = start(config, folder, False, processes, log)
-        versions, wanted = Versions(folder / "checkpoints" / "last.ckpt"), generator.randrange(12)
+    generator = random.Random(seed)
+    runs = [killed_run(root / f"killed{i}", config, processes, generator, number, calm) for i in range(kills // 2)]
+    return {"steps": calm["global_step"], "runs": runs}
+
+
+def killed_run(folder: Path, config: Path, processes: int, generator: random.Random, number: int, calm: dict) -> dict:
+    """A run with two kills at random moments, then left in peace; says what it saw."""
+    log, kills, expected = folder.with_suffix(".log"), [], 0
+    for attempt in range(2):
+        children = start(config, folder, attempt > 0, processes, log)
+        # aimed at a checkpoint, then anywhere between it and the next; 0 is while the run starts
+        versions, wanted = Versions(folder / "checkpoints" / "last.ckpt", attempt > 0), generator.randrange(7)
         early = wait(children, 60, lambda v=versions, w=wanted: v() >= w)
-        # then anywhere between two checkpoints, or, for 0, while the run starts
-        early = early or wait(children, generator.random() * (0.3 if wanted else 1.5))
+        early = early or wait(children, generator.random() * (0.3 if wanted else 2.0))
         send(children, number)
         codes = early or wait(children, 60)
-        reached = final_state(folder)["global_step"] if (folder / "checkpoints" / "last.ckpt").exists() else 0
-        again = wait(start(config, folder, True, processes, log), 120)
-        # Lightning says so; a run that began anew would end in the same weights, and prove nothing
-        restored = "Restored all states from the checkpoint" in log.read_text()
-        ok = again == [0] * processes and equal(final_state(folder), calm) and restored == (reached > 0)
-        rows.append({"aimed": 3 * wanted, "codes": codes, "saved_step": reached, "restored": restored, "equal": ok})
-        if not ok:
-            rows[-1]["log"] = log.read_text()[-2000:]
-    return {"steps": calm["global_step"], "runs": rows}
+        exists = (folder / "checkpoints" / "last.ckpt").exists()
+        expected += exists
+        kills.append({"codes": codes, "saved_step": final_state(folder)["global_step"] if exists else 0})
+    again = wait(start(config, folder, True, processes, log), 120)
+    # Lightning says so; a run that began anew would end in the same weights, and prove nothing
+    restored = log.read_text().count("Restored all states from the checkpoint")
+    ok = again == [0] * processes and restored >= expected - 1 + (expected == 1) and equal(final_state(folder), calm)
+    row = {"kills": kills, "resumed": again, "restored": restored, "equal": ok}
+    return row if ok else row | {"log": log.read_text()[-2000:]}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    for name, default in (("kills", 3), ("workers", 0), ("processes", 1), ("seed", 0), ("signal", signal.SIGKILL)):
+    for name, default in (
+        ("kills", 4),
+        ("workers", 0),
+        ("processes", 1),
+        ("seed", 0),
+        ("signal", signal.SIGKILL),
+        ("accumulate", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=int(default))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    chosen = (options.kills, options.workers, options.processes, options.seed, options.signal)
+    chosen = (options.kills, options.workers, options.processes, options.seed, options.signal, options.accumulate)
     print(json.dumps(experiment(options.folder, *chosen)))

@@ -159,6 +159,14 @@ def guard_in_processes(rank: int, world_size: int) -> dict[str, Any]:
     run.train_dataloader = SimpleNamespace(counts={"read": 10, f"reason{rank}": 1 + rank})
     DataCounters().on_train_epoch_end(run, net)
     result["logged"] = run.logged
+    saved: dict[str, Any] = {}
+    DataCounters().on_save_checkpoint(run, net, saved)
+    result["saved"] = saved["data_counters"]
+    run.train_dataloader = SimpleNamespace(counts={})
+    restored_counters = DataCounters()
+    restored_counters.on_load_checkpoint(run, net, saved)
+    restored_counters.on_train_start(run, net)
+    result["restored"] = dict(run.train_dataloader.counts)
     torch.manual_seed(rank)
     checkpoint: dict[str, Any] = {}
     RandomState().on_save_checkpoint(run, net, checkpoint)
@@ -178,6 +186,8 @@ def test_callbacks_over_two_processes() -> None:
     assert "(another process)" in first["message"] and "first second.weight" in second["message"]
     assert first["logged"] == [({"data/read": 20.0, "data/reason0": 1.0, "data/reason1": 2.0}, 5)]
     assert second["logged"] == []
+    assert first["saved"] == second["saved"] == [{"read": 10, "reason0": 1}, {"read": 10, "reason1": 2}]
+    assert [first["restored"], second["restored"]] == first["saved"]
     assert first["random"][0] == first["random"][1] != second["random"][0] == second["random"][1]
 
 
@@ -190,6 +200,8 @@ def draws() -> list[float]:
 
 
 def test_random_state_round_trip_through_a_safe_file(tmp_path) -> None:
+    random.seed(0)
+    np.random.seed(0)
     draws()
     torch.save(random_state(), tmp_path / "state.pt")
     expected = draws()
@@ -236,6 +248,13 @@ def test_data_counters_reach_the_logger(tmp_path) -> None:
     with open(tmp_path / "logs" / "version_0" / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row.get("data/read")]
     assert [(r["data/read"], r["data/undecodable_image"], r["step"]) for r in rows] == [("8.0", "1.0", "2")]
+
+
+def test_data_counters_of_more_processes_than_now_are_added() -> None:
+    run, counters = SimpleNamespace(train_dataloader=SimpleNamespace(counts={})), DataCounters()
+    counters.on_load_checkpoint(run, None, {"data_counters": [{"read": 10, "odd": 1}, {"read": 12}]})
+    counters.on_train_start(run, None)
+    assert dict(run.train_dataloader.counts) == {"read": 22, "odd": 1}
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

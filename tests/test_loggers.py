@@ -30,6 +30,12 @@ ARCHITECTURE = {
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
+def close() -> None:
+    """End the run and wait until everything is on disk; `finish` alone returns before."""
+    wandb.finish()
+    wandb.teardown()
+
+
 @pytest.fixture(autouse=True)
 def no_run_left(monkeypatch) -> Iterator[None]:
     """No process variables, no run and no service left over; W&B sends no error reports."""
@@ -37,10 +43,9 @@ def no_run_left(monkeypatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()
+    close()
     yield
-    wandb.finish()
-    wandb.teardown()
+    close()
     os.environ.pop("WANDB_MODE", None)  # Lightning sets it for offline runs
 
 
@@ -141,7 +146,7 @@ def test_offline_run_holds_config_code_data_counts_and_metrics(config, tmp_path,
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "of its own")
     assert main(["fit", "-c", str(config), "--model.init_args.optim.lr", "1e-3"]) == 0
-    wandb.finish()
+    close()
     settings, history, project = read_back(tmp_path / "run")
     assert project == "of its own"
     assert settings["model"]["class_path"] == "mmtrain.rankclip.module.Clip"
@@ -175,7 +180,7 @@ def test_without_an_answer_the_run_is_logged_offline(config, tmp_path, monkeypat
     assert [str(w.message).count("logging offline") for w in warned if "W&B" in str(w.message)] == [1]
     ((logger, seconds),) = made
     assert isinstance(logger, WandbLogger) and seconds < 15, "3 s to connect, and what W&B takes to start twice"
-    wandb.finish()
+    close()
     settings, history, _ = read_back(tmp_path / "run")
     assert settings["data_counts"]["train"]["samples"] == 16
     assert any(row.get("data/read") == 16 for row in history)

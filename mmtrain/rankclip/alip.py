@@ -30,6 +30,8 @@ class Alip(ImageTextModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(architecture, **kwargs)
+        if self.loss_settings.half_precision:
+            raise UserError("loss.half_precision: ALIP's released loss is in float32, so is ours")
         self.gamma, self.momentum = gamma, momentum
         self.register_buffer("momenta", torch.ones(3))  # text-caption, image-text, image-caption
         self.weight_means: dict[str, Tensor] = {}

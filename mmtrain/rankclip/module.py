@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from mmtrain.checkpoint import plain
 from mmtrain.config_errors import UserError
 from mmtrain.optim import AdamWSettings
 from mmtrain.rankclip.evaluate import ImageTextEvaluation
@@ -31,10 +32,21 @@ class LossSettings:
     half_precision: bool = False
     max_logit_scale: float = 4.6052
 
+    def __post_init__(self) -> None:
+        if not 0 < self.max_logit_scale <= 5.5:
+            raise UserError(
+                f"max_logit_scale: {self.max_logit_scale} is not in (0, 5.5], beyond which exponentials overflow"
+            )
+
     @property
     def dtype(self) -> torch.dtype | None:
         """Dtype to which similarities are rounded."""
         return torch.float16 if self.half_precision else None
+
+
+def settings(kind: type, given: Any) -> Any:
+    """Settings as given, the defaults for None; a dict is what a checkpoint holds of them."""
+    return kind(**given) if isinstance(given, dict) else given or kind()
 
 
 class ImageTextModule(pl.LightningModule):
@@ -46,7 +58,8 @@ class ImageTextModule(pl.LightningModule):
         architecture: open_clip name or JSON file, see `build_clip`.
         optim: optimizer and schedule.
         loss: how the loss is computed.
-        micro_batch: pictures a process encodes at a time; None takes the whole local batch. Gradients are the same.
+        micro_batch: pictures a process encodes at a time; None takes the whole local batch. Gradients are the same but
+            for BatchNorm (RN50), which then normalises each micro-batch by itself.
         pretrained: file with weights to start from, in any layout of `mmtrain.rankclip.pretrained`.
     """
 
@@ -60,11 +73,15 @@ class ImageTextModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # of the subclass too
+        self.hparams.update(plain(dict(self.hparams)))  # so that checkpoints hold plain types only
         self.architecture, self.micro_batch = architecture, micro_batch
-        self.optim, self.loss_settings = optim or AdamWSettings(), loss or LossSettings()
+        self.optim, self.loss_settings = settings(AdamWSettings, optim), settings(LossSettings, loss)
         self.network = build_clip(architecture)
         if pretrained:
-            load_pretrained(self.network, pretrained, architecture)
+            try:
+                load_pretrained(self.network, pretrained, architecture)
+            except (ValueError, OSError) as error:
+                raise UserError(f"pretrained: {error}") from error
         self.set_names: list[str] = []  # of the evaluation sets; a list, for modules may not have every name
         self.evaluations = nn.ModuleList()
 
@@ -98,9 +115,6 @@ class ImageTextModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return self.optim.configure(self)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["architecture"] = self.architecture
 
     # Evaluation: one ImageTextEvaluation for each loader of the data module.
 
@@ -136,6 +150,8 @@ class ImageTextModule(pl.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Unit features of a batch: image [B, D] with id [B], and text [M, D] with text_id [M] where there is text."""
+        if "image" not in batch:
+            return {}  # every picture of the batch was unreadable
         texts = (batch["text"],) if "text" in batch else ()
         names = ("image", "text")[: 1 + len(texts)]
         features = dict(zip(names, encode(self.network, batch["image"], texts), strict=True))
@@ -168,7 +184,8 @@ class RankClip(ImageTextModule):
             released switches lambda1 (in-modal) and lambda2 (cross) only turn terms on and off.
         inmodal: weight of the in-modal term.
         ramp: growth of w over the run. Progress is (e - 1) / (E - 1) with epoch e from 1 to E as published, 0 for a
-            single epoch; of a run given in steps, the share of steps done.
+            single epoch; of a run given in steps, the share of steps done; given both, the larger. Without a limit
+            it stays 0.
         eps: 0 is the Plackett-Luce likelihood; 1e-10 the published code, which differs once tau is large.
         kwargs: settings of `ImageTextModule`.
     """
@@ -184,16 +201,16 @@ class RankClip(ImageTextModule):
         super().__init__(**kwargs)
         if min(cross, inmodal, eps) < 0:
             raise UserError(f"cross, inmodal and eps must not be negative, got {cross}, {inmodal} and {eps}")
-        self.cross, self.inmodal, self.ramp, self.eps = cross, inmodal, ramp or Ramp(), eps
+        self.cross, self.inmodal, self.ramp, self.eps = cross, inmodal, settings(Ramp, ramp), eps
 
     @property
     def ranking_weight(self) -> float:
         """w of the present epoch or step."""
         trainer = self.trainer
-        if trainer.max_steps > 0:
-            progress = trainer.global_step / trainer.max_steps
-        else:
-            progress = trainer.current_epoch / max(1, (trainer.max_epochs or 1) - 1)
+        epochs = trainer.max_epochs or -1
+        shares = [trainer.current_epoch / max(1, epochs - 1)] if epochs > 0 else []
+        shares += [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else []
+        progress = max(shares, default=0.0)  # of the limit that ends the run
         return ranking_ramp(progress, self.ramp.low, self.ramp.high, self.ramp.slope)
 
     def objective(self, features: tuple[Tensor, ...]) -> RowObjective:

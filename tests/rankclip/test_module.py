@@ -279,7 +279,7 @@ def test_training_ends_with_zero_shot_and_retrieval(shards, architecture, tmp_pa
     assert (chance["val/both/i2t_r5"], chance["val/captions/t2i_r10"]) == (pytest.approx(5 / 24), 1.0)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    assert saved["architecture"] == architecture
+    assert saved["hyper_parameters"]["architecture"] == architecture
     assert {key.partition(".")[0] for key in saved["state_dict"]} == {"network"}, "metrics and prompts stay out"
 
 
