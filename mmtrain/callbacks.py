@@ -121,9 +121,14 @@ class Preemption(pl.Callback):
     def __init__(self) -> None:
         self._received = False
         self._step_before = -1
+        self._previous: Any = signal.SIG_DFL
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self._note)  # replaces Lightning's, which ends with exit code 0
+        # replaces Lightning's, which ends with exit code 0
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._previous)  # all is saved: nothing to wait for any more
 
     def _note(self, *_: Any) -> None:
         self._received = True
@@ -170,9 +175,7 @@ class DataCounters(pl.Callback):
         self._loaded = checkpoint.get("data_counters", [])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        own = self._loaded[
-            distributed.rank() :: distributed.world_size()
-        ]  # of more processes than now: all find a place
+        own = self._loaded[distributed.rank() :: distributed.world_size()]  # also where there were more processes
         if own and hasattr(trainer.train_dataloader, "counts"):
             trainer.train_dataloader.counts = sum((Counter(counts) for counts in own), Counter())
         self._loaded = []
