@@ -27,18 +27,16 @@ RowObjective = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor]
 def descending_order(scores: Tensor) -> Tensor:
     """Indices [R, N] that sort each row in descending order; equal scores keep their column order.
 
-    On a CPU in float32 the score's bits and its column are packed into one integer, so that a plain (vectorised)
-    sort of integers gives a stable order; this takes a third of the time of `torch.sort`.
+    On a CPU in float32 the scores' bits are sorted as integers, first by their low and then by their high 16 bits, for
+    which NumPy has a stable radix sort: a quarter of the time of `torch.sort`.
     """
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         return scores.sort(dim=-1, descending=True, stable=True).indices
     bits = (scores.detach().numpy() + np.float32(0.0)).view(np.int32)  # + 0 makes -0.0 equal to 0.0
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers that ascend as the floats do
-    packed = (~bits).astype(np.int64) << 32
-    packed |= np.arange(scores.shape[-1])
-    packed.sort(axis=-1)
-    packed &= 0xFFFFFFFF
-    return torch.from_numpy(packed)
+    keys = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))  # integers that descend as the floats ascend
+    by_low = torch.from_numpy(np.argsort(keys.astype(np.uint16), axis=-1, kind="stable"))
+    high = torch.from_numpy((keys >> 16).astype(np.int16)).gather(-1, by_low)
+    return by_low.gather(-1, torch.from_numpy(np.argsort(high.numpy(), axis=-1, kind="stable")))
 
 
 def plackett_luce(scores: Tensor, reference: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -233,13 +231,17 @@ class _ChunkedRows(torch.autograd.Function):
         for first in range(start, start + own, chunk):
             last = min(first + chunk, start + own)
             index = torch.arange(first, last, device=leaves[0].device)
+            # leaves of their own: the gradient of a slice would be as large as the whole
+            rows = tuple(leaf.detach()[first:last].requires_grad_(wanted) for leaf in leaves)
             with torch.set_grad_enabled(wanted):
-                parts = objective(tuple(leaf[first:last] for leaf in leaves), leaves, scale.exp(), index)
+                parts = objective(rows, leaves, scale.exp(), index)
             if wanted:
-                grads = torch.autograd.grad(parts["loss"], (scale, *leaves), allow_unused=True)
-                for total, grad in zip(gradients, grads, strict=True):
+                totals = (*gradients, *(total[first:last] for total in gradients[1:]))
+                grads = torch.autograd.grad(parts["loss"], (scale, *leaves, *rows), allow_unused=True)
+                for total, grad in zip(totals, grads, strict=True):
                     if grad is not None:
                         total += grad
+                del grads
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             del parts

@@ -193,7 +193,7 @@ def test_watched_shares_have_their_stated_range() -> None:
     assert 0.5 < parts["inmodal_saturated_a"].item() < 1
 
 
-def test_packed_order_is_the_stable_descending_one() -> None:
+def test_order_is_the_stable_descending_one() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(-3, 4, (50, 300), generator=generator).float() / 2
     scores[0, :10] = torch.tensor([0.0, -0.0] * 5)
