@@ -95,10 +95,11 @@ def test_golden_list_terms(dtype: str, size: int, scale: str) -> None:
             np.testing.assert_allclose(norm, golden[f"{prefix}grad_{name}_norm"], **tolerance)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 64, 128])
 @pytest.mark.parametrize("kind", ["cold", "warm"])
 @pytest.mark.parametrize("size", [4, 33, 128])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_golden_alip_steps(dtype: str, size: int, kind: str) -> None:
+def test_golden_alip_steps(dtype: str, size: int, kind: str, chunk: int) -> None:
     golden = load(f"rankclip/alip_{dtype}.npz")
     momenta = torch.tensor([1.0, 1, 1] if kind == "cold" else [0.40, 0.45, 0.60], dtype=getattr(torch, dtype))
     for step in range(3):
@@ -113,7 +114,7 @@ def test_golden_alip_steps(dtype: str, size: int, kind: str) -> None:
         weights = alip_weights(similarities, momenta)
         s = torch.tensor(SCALES["init"], dtype=momenta.dtype, requires_grad=True)
         objective = alip_objective(weights[0] * weights[1], weights[0] * weights[2])
-        loss, parts = row_chunked_loss(objective, features, s, chunk=5)
+        loss, parts = row_chunked_loss(objective, features, s, chunk)
         loss.backward()
         prefix = f"{kind}/B{size}/step{step}/"
         got = {
