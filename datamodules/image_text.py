@@ -1,134 +1,24 @@
 """Image-text pairs for contrastive pretraining, and labelled or captioned sets to evaluate on."""
 
-import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import open_clip
 import torch
-import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from datamodules.benchmarks import benchmark_sets
+from datamodules.evaluation_sets import EvaluationSet
 from datamodules.loading import Draw, EvaluationLoader, TrainLoader
-from datamodules.paths import any_exists
-from datamodules.sources import (
-    Columns,
-    CsvSource,
-    FolderSource,
-    Sample,
-    ShardSource,
-    Source,
-    UnusableSample,
-    is_csv,
-    is_picture_folder,
-)
-from datamodules.text import tokenize
-from datamodules.transforms import Interpolation, UnreadablePicture, decode, random_crop, resize_and_centre_crop
+from datamodules.pictures import Pictures
+from datamodules.sources import Columns, CsvSource, Sample, ShardSource, Source, UnusableSample, is_csv
+from datamodules.subset import NestedSubset
+from datamodules.transforms import UnreadablePicture, decode
 from mmtrain.config_errors import UserError
 
 SUBSTITUTES = 64  # neighbours tried in place of a training sample that cannot be used
-LONGEST_CAPTION = 2000  # characters handed to the tokenizer, which keeps 77 tokens
-
-
-@dataclass
-class Pictures:
-    """What happens to a picture and its text on the way into a batch.
-
-    Args:
-        size: height and width in pixels.
-        crop_scale: share of the area that a random training crop keeps; None is the evaluation crop, as published.
-        crop_ratio: width / height of random crops.
-        flip: probability of mirroring in training.
-        context_length: token ids a caption.
-        faithful_truncation: cut long captions without restoring the end token (fault of the released code).
-    """
-
-    size: int = 224
-    crop_scale: tuple[float, float] | None = (0.9, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.0
-    interpolation: Interpolation = "bicubic"
-    context_length: int = 77
-    faithful_truncation: bool = False
-
-    def tokens(self, texts: Sequence[str]) -> Tensor:
-        """Token ids [len(texts), context_length]."""
-        return tokenize([t[:LONGEST_CAPTION] for t in texts], self.context_length, self.faithful_truncation)
-
-
-@dataclass
-class EvaluationSet:
-    """A set of pictures to evaluate on: captioned (retrieval), labelled (zero-shot classification), or both.
-
-    Args:
-        path: shards, a csv/tsv, or a folder with one sub-folder of pictures a class. A path that does not exist is
-            skipped with a warning.
-        captions: where a shard's captions are ("txt", "json:KEY"), None for no retrieval.
-        label: where a shard's class number is ("cls", "json:KEY"), None for no classification.
-        classes: "imagenet", or a json/yaml file with a list of names or {"classes": [...]}; None takes folder names.
-        templates: prompts with {} for the class name, or "openai_imagenet" for the 80 of the CLIP paper.
-        columns: of a csv; rows with the same picture are its captions.
-    """
-
-    path: str | list[str]
-    captions: str | None = "txt"
-    label: str | None = None
-    classes: str | None = None
-    templates: str | list[str] = "openai_imagenet"
-    columns: Columns | None = None
-
-    def exists(self) -> bool:
-        """False if nothing at all is there; object stores are not asked."""
-        return any_exists(self.path)
-
-    def open(self) -> Source:
-        """The set's source."""
-        if is_picture_folder(self.path):
-            return FolderSource(self.path)
-        if is_csv(self.path):
-            return CsvSource(self.path, self.columns, group=True)
-        return ShardSource(self.path, self.captions, None, self.label)
-
-    def prompts(self, source: Source, pictures: Pictures) -> Tensor | None:
-        """Token ids [classes, templates, context_length] of the zero-shot prompts, None for an unlabelled set."""
-        folders = source.class_names if isinstance(source, FolderSource) else None
-        if folders is None and (self.label is None or isinstance(source, CsvSource)):
-            return None
-        names = class_names(self.classes, folders)
-        if folders is not None and len(names) != len(folders):
-            raise UserError(
-                f"classes: {self.classes} has {len(names)} names for the {len(folders)} folders of {self.path}"
-            )
-        templates = self.templates
-        if templates == "openai_imagenet":
-            filled = [[template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in names]
-        else:
-            templates = [templates] if isinstance(templates, str) else templates
-            if bad := [t for t in templates if "{}" not in t]:
-                raise UserError(f"templates: {bad[0]!r} has no {{}} for the class name")
-            filled = [[template.replace("{}", name) for template in templates] for name in names]
-        return torch.stack([pictures.tokens(prompts) for prompts in filled])
-
-
-def class_names(classes: str | None, folder_names: list[str] | None) -> list[str]:
-    """Names of the classes in label order; see `EvaluationSet.classes`."""
-    if classes == "imagenet":
-        return list(open_clip.IMAGENET_CLASSNAMES)
-    if classes is None:
-        if folder_names is None:
-            raise UserError("classes: a labelled shard set needs a file with its class names, or 'imagenet'")
-        return [name.replace("_", " ") for name in folder_names]
-    path = Path(classes)
-    if not path.exists():
-        raise UserError(f"classes: {classes}: no such file; give 'imagenet', or a json or yaml list of names")
-    listed = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    listed = listed["classes"] if isinstance(listed, dict) else listed
-    return [c["name"] if isinstance(c, dict) else str(c) for c in listed]
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
@@ -136,10 +26,20 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
     In training a sample that cannot be used is replaced by the next usable one, so that batches stay equal; in
     evaluation it is left out. Either is counted by reason under "skipped".
+
+    Args:
+        caption_prompts: what an evaluation makes of the captions of one picture; None leaves them.
     """
 
-    def __init__(self, source: Source, pictures: Pictures, training: bool) -> None:
+    def __init__(
+        self,
+        source: Source,
+        pictures: Pictures,
+        training: bool,
+        caption_prompts: Callable[[list[str]], list[str]] | None = None,
+    ) -> None:
         self.source, self.pictures, self.training = source, pictures, training
+        self.caption_prompts = caption_prompts or (lambda captions: captions)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -163,18 +63,18 @@ class ImageTextDataset(torch.utils.data.Dataset):
             try:
                 if isinstance(sample, UnusableSample):
                     raise sample
-                return draw, self._transform(decode(sample.image), draw), sample
+                picture = sample.image if isinstance(sample.image, Tensor) else decode(sample.image)
+                return draw, self._view(picture, draw), sample
             except (UnusableSample, UnreadablePicture) as problem:
                 skipped[problem.reason] += 1
             if not self.training:
                 return None
         raise UserError(f"{SUBSTITUTES + 1} samples in a row cannot be used: {dict(skipped)}")
 
-    def _transform(self, picture: Tensor, draw: Draw) -> Tensor:
-        p = self.pictures
-        if not self.training or p.crop_scale is None:
-            return resize_and_centre_crop(picture, p.size, p.interpolation)
-        return random_crop(picture, p.size, draw.generator(), p.crop_scale, p.crop_ratio, p.flip, p.interpolation)
+    def _view(self, picture: Tensor, draw: Draw) -> Tensor:
+        if self.training:
+            return self.pictures.training_view(picture, draw.generator())
+        return self.pictures.evaluation_view(picture)
 
     def _train_batch(self, rows: list[tuple[Draw, Tensor, Sample]]) -> dict[str, Any]:
         batch = {
@@ -189,8 +89,10 @@ class ImageTextDataset(torch.utils.data.Dataset):
         ids = [d.sample for d, _, _ in rows]
         batch = {"image": torch.stack([picture for _, picture, _ in rows]), "id": torch.tensor(ids)}
         if rows[0][2].captions:
-            batch["text"] = self.pictures.tokens([c for *_, s in rows for c in s.captions])
-            batch["text_id"] = torch.tensor([i for i, (*_, s) in zip(ids, rows, strict=True) for _ in s.captions])
+            captions = [self.caption_prompts(s.captions) for *_, s in rows]
+            batch["caption"] = captions  # the words themselves, for pictures of results
+            batch["text"] = self.pictures.tokens([c for own in captions for c in own])
+            batch["text_id"] = torch.tensor([i for i, own in zip(ids, captions, strict=True) for _ in own])
         if rows[0][2].label is not None:
             batch["label"] = torch.tensor([s.label for *_, s in rows])
         return batch
@@ -210,7 +112,11 @@ class ImageTextDataModule(pl.LightningDataModule):
         captions: "txt", another member extension, or "json:KEY"; of a list one caption is drawn each time.
         extra_captions: a second text for ALIP in the same notation, such as "caption.txt".
         columns: of a csv.
+        subset: train on so many samples only, a seeded part; smaller ones are parts of larger ones (`NestedSubset`).
+        subset_seed: of that choice.
         evaluate: name -> set; null takes out a set of an earlier layer.
+        benchmarks: folder with the data sets of the paper's tables; `test` evaluates on those that it finds there, see
+            `datamodules.benchmarks`, besides `evaluate`.
         batch_size: GLOBAL batch, divided among the processes; contrastive losses depend on it.
         pictures: sizes and augmentation.
         num_workers: loader processes for each training process. Does not change the data order.
@@ -226,7 +132,10 @@ class ImageTextDataModule(pl.LightningDataModule):
         captions: str = "txt",
         extra_captions: str | None = None,
         columns: Columns | None = None,
+        subset: int | None = None,
+        subset_seed: int = 0,
         evaluate: dict[str, EvaluationSet | None] | None = None,
+        benchmarks: str | None = None,
         batch_size: int = 512,
         pictures: Pictures | None = None,
         num_workers: int = 0,
@@ -242,14 +151,17 @@ class ImageTextDataModule(pl.LightningDataModule):
         self.loading = {
             "batch_size": batch_size, "seed": seed, "shuffle_shards": shuffle_shards, "max_lost": max_lost
         }  # fmt: skip
-        self.columns = columns
+        self.columns, self.subset, self.subset_seed, self.benchmarks = columns, subset, subset_seed, benchmarks
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
         self.pictures = pictures or Pictures()
         self.evaluate = {name: chosen for name, chosen in (evaluate or {}).items() if chosen is not None}
-        self.evaluation_sets: dict[str, dict[str, Any]] = {}  # name -> num_samples, captioned, prompts; in loader order
+        self.evaluation_sets: dict[str, dict[str, Any]] = {}  # what `EvaluationSet.describe` says of each
+        self.loader_names: list[str] = []  # of the present stage's loaders: SET, or SET/train for a probe's training
+        self.missing: dict[str, str] = {}  # sets that are not there, and how to lay them out
         self.data_counts: dict[str, dict[str, int]] = {}
         self.train_source: Source | None = None
         self.sources: dict[str, Source] = {}
+        self.wanted: dict[str, EvaluationSet] = {}
 
     def prepare_data(self) -> None:
         """Index the shards once for each machine, so that `setup` finds the index."""
@@ -263,29 +175,50 @@ class ImageTextDataModule(pl.LightningDataModule):
         if stage == "fit" and self.train_source is None:
             self.train_source = self._open_train()
             self._report("train", self.train_source)
-        for name, evaluation in self.evaluate.items():
-            if name in self.sources:
-                continue
+        self.wanted = {name: chosen for name, chosen in self.evaluate.items() if not chosen.is_probe_only}
+        if stage == "test":
+            found, self.missing = benchmark_sets(self.benchmarks) if self.benchmarks else ({}, {})
+            self.wanted = found | self.evaluate
+        for name, evaluation in self.wanted.items():
             if not evaluation.exists():
-                rank_zero_warn(
-                    f"evaluation set {name!r} is skipped: {evaluation.path} does not exist", category=UserWarning
-                )
-                continue
-            self.sources[name] = evaluation.open()
-            self._report(name, self.sources[name])
-            self.evaluation_sets[name] = {
-                "num_samples": len(self.sources[name]),
-                "captioned": evaluation.captions is not None and not isinstance(self.sources[name], FolderSource),
-                "prompts": evaluation.prompts(self.sources[name], self.pictures),
-            }
-
+                self._miss(name, evaluation)
+            else:
+                self._open_evaluation(name, evaluation, probe=stage == "test")
+        self.loader_names = list(self.sources)
+        if stage == "test" and self.missing:
+            listed = "\n".join(f"  {name}: {layout}" for name, layout in self.missing.items())
+            root = f" under {self.benchmarks}" if self.benchmarks else ""
+            rank_zero_info(f"evaluation sets that are not there, and how they are looked for{root}:\n{listed}")
         if stage != "fit" and not self.sources and self.train_source is None:
-            raise UserError(f"data.evaluate: none of its sets exists: {', '.join(self.evaluate) or 'none is named'}")
+            raise UserError(
+                f"data.evaluate: none of its sets exists: {', '.join(self.evaluate) or 'none is named'}"
+                + (f", and data.benchmarks: {self.benchmarks} holds none" if self.benchmarks else "")
+            )
+
+    def _miss(self, name: str, evaluation: EvaluationSet) -> None:
+        paths = [p for p in (evaluation.path, evaluation.probe_train) if p is not None]
+        rank_zero_warn(f"evaluation set {name!r} is skipped: {paths[0]} does not exist", category=UserWarning)
+        self.missing.setdefault(name, " and ".join(map(str, paths)))
+
+    def _open_evaluation(self, name: str, evaluation: EvaluationSet, probe: bool) -> None:
+        train = f"{name}/train"
+        opened = {name: evaluation.open}
+        if probe and evaluation.probe_train is not None:
+            opened[train] = evaluation.open_probe_train
+        for key, make in opened.items():
+            if key not in self.sources:
+                self.sources[key] = make()
+                self._report(key, self.sources[key])
+        self.evaluation_sets[name] = evaluation.describe(
+            self.sources[name], self.pictures, self.sources.get(train) if probe else None
+        )
 
     def _open_train(self) -> Source:
         if is_csv(self.train):
-            return CsvSource(self.train, self.columns, self.max_lost)
-        return ShardSource(self.train, self.captions, self.extra_captions, max_lost=self.max_lost)
+            source = CsvSource(self.train, self.columns, self.max_lost)
+        else:
+            source = ShardSource(self.train, self.captions, self.extra_captions, max_lost=self.max_lost)
+        return source if self.subset is None else NestedSubset(source, self.subset, self.subset_seed)
 
     def _report(self, name: str, source: Source) -> None:
         self.data_counts[name] = dict(source.counts)
@@ -304,12 +237,29 @@ class ImageTextDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> list[EvaluationLoader]:
-        datasets = [ImageTextDataset(source, self.pictures, training=False) for source in self.sources.values()]
-        place = {"num_workers": self.num_workers, **self._place()}
-        return [EvaluationLoader(dataset, self.eval_batch_size, **place) for dataset in datasets]
+        return [self._evaluation_loader(name) for name in self.loader_names]
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+    def _evaluation_loader(self, name: str) -> EvaluationLoader:
+        chosen = self.wanted[name.partition("/")[0]]
+        dataset = self._evaluation_dataset(name)
+        identity = f"{name} {chosen} {self.pictures}"
+        return EvaluationLoader(
+            dataset, self.eval_batch_size, num_workers=self.num_workers, identity=identity, **self._place()
+        )
+
+    def _evaluation_dataset(self, name: str) -> ImageTextDataset:
+        prompts = self.wanted[name.partition("/")[0]].caption_prompts
+        return ImageTextDataset(self.sources[name], self.pictures, training=False, caption_prompts=prompts)
+
+    def peek(self, name: str, count: int) -> dict[str, Any]:
+        """One batch of samples spread evenly over an evaluation set, for pictures of results."""
+        dataset = self._evaluation_dataset(name)
+        count = min(count, len(dataset))
+        samples = [i * len(dataset) // count for i in range(count)]
+        return dataset[[Draw(sample, 0, 0, sample) for sample in samples]]
 
     def _place(self) -> dict[str, Any]:
         trainer = self.trainer

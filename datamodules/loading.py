@@ -1,5 +1,6 @@
 """Loaders whose order is a pure function of (seed, epoch, position), whatever the number of processes and workers."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -189,6 +190,12 @@ class EvaluationLoader:
     """Every sample once, in order. On n processes each takes every n-th; short ones repeat a sample at the end.
 
     Metrics drop the repetition by the sample's id, which the data set puts into each batch.
+
+    Args:
+        identity: text that tells this data set with its transforms from others.
+
+    Attributes:
+        skip: batches at the beginning that are not read; `{}` stands in their place. For what is known already.
     """
 
     def __init__(
@@ -199,20 +206,33 @@ class EvaluationLoader:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        identity: str = "",
     ) -> None:
         per_process = -(-len(dataset) // world_size)
         own = [min(rank + i * world_size, len(dataset) - 1) for i in range(per_process)] if len(dataset) else []
         draws = [Draw(sample, 0, 0, sample) for sample in own]
         self._batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
-        self._loader = _dataloader(dataset, self._batches, num_workers, pin_memory)
+        self._open = lambda batches: _dataloader(dataset, batches, num_workers, pin_memory)
+        self._loader: DataLoader | None = None
         self.counts: Counter[str] = Counter()
+        self.skip = 0
+        self.identity = f"{identity} {len(dataset)} {batch_size} {rank} {world_size}"
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of what the batches depend on."""
+        return hashlib.sha256(self.identity.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.counts.clear()
-        for batch in self._loader:
+        if self.skip:
+            yield from ({} for _ in self._batches[: self.skip])
+            loader = self._open(self._batches[self.skip :])
+        else:
+            loader = self._loader = self._loader or self._open(self._batches)  # its workers stay for the next time
+        for batch in loader:
             self.counts.update(batch.pop("skipped"))
             yield batch
 

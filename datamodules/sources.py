@@ -7,12 +7,13 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from datamodules.paths import expand_shards, is_remote, unpacked
 from datamodules.shards import ShardReader
@@ -32,9 +33,9 @@ class UnusableSample(ValueError):
 
 @dataclass
 class Sample:
-    """One picture with what belongs to it: encoded bytes, one or more captions, perhaps a second kind, a label."""
+    """One picture, as encoded bytes or uint8 [3, H, W], with captions, perhaps a second kind of them, and a label."""
 
-    image: bytes
+    image: bytes | Tensor
     captions: list[str] = field(default_factory=list)
     extra_captions: list[str] = field(default_factory=list)
     label: int | None = None
@@ -59,7 +60,7 @@ class ShardSource:
         captions: member extension of the text ("txt"), or "json:KEY" for a field of the json member, where a list
             holds several captions of one picture. None reads no text.
         extra_captions: a second text in the same notation, for example ALIP's synthetic caption "caption.txt".
-        label: member extension ("cls") or "json:KEY" of an integer class.
+        label: member extension ("cls") or "json:KEY" of a class: its number, or its name in `class_names`.
         max_lost: share of samples that may be missing from the shards, in [0, 1].
 
     Raises:
@@ -73,7 +74,9 @@ class ShardSource:
         extra_captions: str | None = None,
         label: str | None = None,
         max_lost: float = 0.01,
+        class_names: Sequence[str] | None = None,
     ) -> None:
+        self.label_of_name = {name: label for label, name in enumerate(class_names or ())}
         self.fields = {"captions": captions, "extra_captions": extra_captions, "label": label}
         self.fields = {name: spec for name, spec in self.fields.items() if spec}
         index, self.index_folder = open_index([unpacked(u) for u in expand_shards(shards)])
@@ -127,12 +130,28 @@ class ShardSource:
         try:
             for name, spec in self.fields.items():
                 value = _field(content[name], spec)
-                setattr(sample, name, int(value) if name == "label" else _captions(value))
+                setattr(sample, name, self._label(value) if name == "label" else _captions(value))
         except UnusableSample as problem:
             return problem
-        except (ValueError, TypeError):
-            return UnusableSample("bad_label")
         return sample
+
+    def _label(self, value: Any) -> int:
+        try:
+            return self.label_of_name[value] if value in self.label_of_name else int(value)
+        except (ValueError, TypeError):
+            raise UnusableSample("bad_label") from None
+
+    def labels(self) -> list[int]:
+        """Class of every sample that has a readable one; reads nothing else of the shards."""
+        spec = self.fields["label"]
+        reader = ShardReader(self.reader.index, {"label": (_extension(spec),)})
+        found = []
+        for content in reader.read(self.samples):
+            try:
+                found.append(self._label(_field(content["label"], spec)))
+            except UnusableSample:
+                continue
+        return found
 
 
 def _extension(spec: str) -> str:
@@ -190,16 +209,32 @@ class CsvSource:
 
     shard_starts = None
 
+    @classmethod
+    def from_pairs(cls, root: Path, pairs: Iterable[tuple[str, str]]) -> "CsvSource":
+        """The same of (picture path below `root`, caption) pairs that come from elsewhere; grouped by picture."""
+        source = cls.__new__(cls)
+        source._fill(root, pairs, group=True)
+        return source
+
     def __init__(self, path: str, columns: Columns | None = None, max_lost: float = 0.01, group: bool = False) -> None:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file")
-        self.root = Path(path).parent
-        lost: Counter[str] = Counter()
+        empty = self._fill(Path(path).parent, _pairs(path, columns or Columns()), group)
+        total = len(self.paths) + empty
+        if not len(self.paths) or empty > max_lost * total:
+            raise UserError(
+                f"{path}: {empty} of {total} rows have no path or no caption, more than max_lost = {max_lost:.2%}"
+            )
+
+    def _fill(self, root: Path, pairs: Iterable[tuple[str, str]], group: bool) -> int:
+        """Keep the pairs; returns how many had no path or no caption."""
+        self.root = root
+        empty = 0
         self.paths, self.texts = _Strings(), _Strings()
         rows_of: dict[str, list[int]] = {}
-        for image, caption in _pairs(path, columns or Columns()):
+        for image, caption in pairs:
             if not image or not caption:
-                lost["empty_path_or_caption"] += 1
+                empty += 1
                 continue
             if group:
                 rows_of.setdefault(image, []).append(len(self.paths))
@@ -208,14 +243,9 @@ class CsvSource:
         self.paths.freeze()
         self.texts.freeze()
         self.groups = list(rows_of.values()) if group else None
-        self.counts = {"samples": len(self)} | dict(lost)
+        self.counts = {"samples": len(self)} | ({"empty_path_or_caption": empty} if empty else {})
         self.warnings: list[str] = []
-        empty = sum(lost.values())
-        total = len(self.paths) + empty
-        if not len(self.paths) or empty > max_lost * total:
-            raise UserError(
-                f"{path}: {empty} of {total} rows have no path or no caption, more than max_lost = {max_lost:.2%}"
-            )
+        return empty
 
     def __len__(self) -> int:
         return len(self.groups) if self.groups is not None else len(self.paths)
@@ -299,6 +329,14 @@ class FolderSource:
         if not self.files:
             raise UserError(f"{path}: no pictures in sub-folders; the layout is {path}/<class name>/<picture>.jpg")
         self.counts, self.warnings = {"samples": len(self.files), "classes": len(folders)}, []
+
+    def set_labels(self, labels: Sequence[int]) -> None:
+        """Give each folder, in the order of `class_names`, a class of its own numbering."""
+        self.files = [(file, labels[position]) for file, position in self.files]
+
+    def labels(self) -> list[int]:
+        """Class of every sample."""
+        return [label for _, label in self.files]
 
     def __len__(self) -> int:
         return len(self.files)

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 import webdataset as wds
 
-from datamodules.image_text import ImageTextDataset, Pictures
+from datamodules.image_text import ImageTextDataset
 from datamodules.loading import EvaluationLoader
+from datamodules.pictures import Pictures
 from datamodules.sources import ShardSource
 from datamodules.synthetic import jpeg, write_shard
 from tests.benchmarks.measure import measure

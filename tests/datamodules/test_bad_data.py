@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.image_text import ImageTextDataset, Pictures
+from datamodules.image_text import ImageTextDataset
 from datamodules.loading import Draw, EvaluationLoader, TrainLoader
 from datamodules.paths import expand_shards
+from datamodules.pictures import Pictures
 from datamodules.sources import CsvSource, FolderSource, ShardSource
 from datamodules.synthetic import jpeg, pairs, picture, write_pairs, write_shard
 from datamodules.tar_index import build_index, load_index, open_index

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from datamodules.image_text import EvaluationSet, ImageTextDataModule, Pictures, class_names
+from datamodules.evaluation_sets import EvaluationSet, class_names
+from datamodules.image_text import ImageTextDataModule
 from datamodules.paths import any_exists
+from datamodules.pictures import Pictures
 from datamodules.sources import Columns, CsvSource
 from datamodules.synthetic import jpeg, picture, write_pairs
 from datamodules.transforms import resize_and_centre_crop
@@ -51,8 +53,9 @@ def test_evaluation_needs_no_training_data(folder) -> None:
 
 
 def test_classes_that_do_not_fit_the_folders_are_refused(folder) -> None:
+    (folder / "labelled" / "10").rename(folder / "labelled" / "ten")
     data = module(labelled=EvaluationSet(str(folder / "labelled"), classes="imagenet"))
-    with pytest.raises(UserError, match="1000 names for the 3 folders"):
+    with pytest.raises(UserError, match=r"1000 names for the 3 folders .* ten is neither"):
         data.setup("validate")
     with pytest.raises(UserError, match="no such file; give 'imagenet'"):
         class_names("imagnet", None)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.image_text import ImageTextDataset, Pictures
+from datamodules.image_text import ImageTextDataset
 from datamodules.loading import Draw, EvaluationLoader, TrainLoader, epoch_order
+from datamodules.pictures import Pictures
 from datamodules.sources import CsvSource, FolderSource, ShardSource
 from datamodules.synthetic import jpeg, pairs, picture, write_pairs, write_shard
 from mmtrain.config_errors import UserError

@@ -17,9 +17,10 @@ import torch
 
 from datamodules import shards as shards_module
 from datamodules import tar_index
-from datamodules.image_text import ImageTextDataset, Pictures
+from datamodules.image_text import ImageTextDataset
 from datamodules.loading import Draw, EvaluationLoader, TrainLoader
 from datamodules.paths import cache_folder, expand_shards, unpacked
+from datamodules.pictures import Pictures
 from datamodules.shards import ShardReader
 from datamodules.sources import ShardSource
 from datamodules.synthetic import CLASSES, pairs, write_pairs, write_shard

@@ -29,13 +29,27 @@ def test_concept_split_keeps_concepts_out() -> None:
     data.setup("fit")
     assert len(data.train_source) == 3 * 1275
     trained = {text for s in data.train_source.read(range(len(data.train_source))) for text in s.extra_captions}
-    assert set(data.sources) == {"unseen_concepts", "unseen_fluent"}
-    assert (len(data.sources["unseen_concepts"]), len(data.sources["unseen_fluent"])) == (3 * 143, 143)
+    sizes = {name: len(source) for name, source in data.sources.items()}
+    assert sizes == {"unseen_concepts": 3 * 143, "fluent_style": 1275, "unseen_fluent": 143}
     unseen = keys(data.sources["unseen_fluent"])
     assert unseen == keys(data.sources["unseen_concepts"]) and len(unseen) == 143
+    assert not unseen & keys(data.sources["fluent_style"])
+    about = data.evaluation_sets
+    assert about["unseen_fluent"]["present"] == sorted(unseen) and not about["unseen_concepts"]["captioned"]
     assert len(trained) > 1000
     batch = next(iter(data.train_dataloader()))
     assert tuple(batch["image"].shape) == (256, 3, 64, 64) and batch["extra_text"].shape == batch["text"].shape
+
+
+def test_the_probe_goes_from_the_training_pictures_to_the_heldout_style() -> None:
+    data = EmojiDataModule(split="concept")
+    data.setup("test")
+    assert data.loader_names[-2:] == ["subgroups", "subgroups/train"]
+    assert (len(data.sources["subgroups"]), len(data.sources["subgroups/train"])) == (1275, 3 * 1275)
+    about = data.evaluation_sets["subgroups"]
+    labels = data.sources["subgroups/train"].labels()
+    assert about["probe_classes"] == 1 + max(labels) == 95 and about["prompts"] is None and not about["captioned"]
+    assert about["probe_chance"] == 1 / len(set(labels))
 
 
 def test_unknown_vendor_is_named() -> None:
