@@ -24,6 +24,7 @@ format: .venv/installed
 bench: .venv/installed
 	$(RUN) -m tests.benchmarks.list_loss
 	$(RUN) -m tests.benchmarks.loader
+	$(RUN) -m tests.benchmarks.retrieval
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmtrain needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -22,6 +22,11 @@ def similarity(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows.double() @ columns.double().T).float()
 
 
+def row_similarity(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the inner product [R] of each row of `rows` [R, D] with that row of `others`, summed like the above."""
+    return (rows.double() * others.double()).sum(dim=1).float()
+
+
 def rank_of_best(scores: Tensor, correct: Tensor, ties: Ties) -> Tensor:
     """Return the rank (from 1) of the best correct candidate of each row, int64 [R].
 
@@ -53,6 +58,24 @@ def first_occurrence(ids: Tensor) -> Tensor:
     is_first = torch.ones_like(ordered, dtype=torch.bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
     return positions[is_first].sort().values
+
+
+def in_order_of_ids(ids: Tensor) -> Tensor:
+    """Return the positions of first occurrence by ascending id: the same rows in the same order on any number of
+    processes.
+
+    Example:
+        >>> in_order_of_ids(torch.tensor([4, 2, 4, 2, 9]))
+        tensor([1, 0, 4])
+    """
+    positions = first_occurrence(ids)
+    return positions[ids[positions].argsort()]
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError if a label is outside [0, num_classes)."""
+    if labels.numel() and (labels.min() < 0 or labels.max() >= num_classes):
+        raise ValueError(f"labels must be in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}")
 
 
 def check_options(ks: tuple[int, ...], ties: str) -> tuple[int, ...]:

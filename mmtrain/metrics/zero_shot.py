@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtrain.metrics.ranking import RowMetric, Ties, check_options, first_occurrence, rank_of_best, similarity
+from mmtrain.metrics.ranking import (
+    RowMetric,
+    Ties,
+    check_labels,
+    check_options,
+    first_occurrence,
+    rank_of_best,
+    similarity,
+)
 
 
 def class_weights(template_features: Tensor) -> Tensor:
@@ -35,8 +43,7 @@ def label_ranks(image_features: Tensor, labels: Tensor, weights: Tensor, ties: T
         ValueError: for a label outside [0, C).
     """
     num_classes = weights.shape[0]
-    if labels.numel() and (labels.min() < 0 or labels.max() >= num_classes):
-        raise ValueError(f"labels must be in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}")
+    check_labels(labels, num_classes)
     correct = labels[:, None] == torch.arange(num_classes, device=labels.device)
     return rank_of_best(similarity(image_features, weights), correct, ties)
 

@@ -10,7 +10,7 @@ import torch
 
 from mmtrain.metrics.retrieval import RetrievalRecall, recall_at_k
 from tests.golden.fill import array
-from tests.metrics.tester import assert_values, run_class, run_two_processes
+from tests.metrics.tester import assert_values, largest_tensor, run_class, run_two_processes
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "rankclip" / "metrics.npz")
 KEYS = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
@@ -72,6 +72,21 @@ def test_golden_through_the_class(captions: str) -> None:
     prefix = "retrieval/one_caption_" if captions == "first" else "retrieval/"
     got = run_class(partial(RetrievalRecall, captions=captions, chunk=8), batches)
     assert_values(got, {key: float(GOLDEN[prefix + key]) / 100 for key in KEYS})
+
+
+def test_golden_of_both_protocols_from_the_same_rows() -> None:
+    x = array("rankclip.retrieval.image", (50, 64))
+    texts = 0.25 * np.repeat(x, 5, axis=0) + array("rankclip.retrieval.text", (250, 64))
+    batches = as_batches(3 * x, texts, np.arange(250) // 5, np.array_split(np.arange(50), 7))
+    keys = KEYS + [f"one_caption_{key}" for key in KEYS]
+    got = run_class(partial(RetrievalRecall, captions="both"), batches)
+    assert_values(got, {key: float(GOLDEN[f"retrieval/{key}"]) / 100 for key in keys})
+
+
+def test_no_full_matrix_is_held() -> None:
+    images, texts = torch.randn(300, 4), torch.randn(900, 4)
+    call = partial(recall_at_k, images, texts, torch.arange(900) // 3, chunk=100)
+    assert largest_tensor(call) <= 100 * 100 < 300 * 900
 
 
 @pytest.mark.parametrize("ties", ["optimistic", "pessimistic"])
@@ -146,17 +161,23 @@ def test_two_processes_equal_one(data, two_processes, split: str, on_cpu: bool) 
     assert_values({k: torch.tensor(v) for k, v in run_two_processes(two_processes, make, shards).items()}, expected)
 
 
-def test_first_caption_over_two_processes(data, two_processes) -> None:
+def test_both_protocols_over_two_processes(data, two_processes) -> None:
     images, texts, text_image = data
     first = np.unique(text_image, return_index=True)[1]
+    one_caption = loop_recall(images, texts[first], text_image[first], "optimistic")
     shards = [as_batches(*data, rows) for rows in SPLITS["padded"]]
     got = run_two_processes(two_processes, partial(RetrievalRecall, KS, captions="first"), shards)
-    assert got == pytest.approx(loop_recall(images, texts[first], text_image[first], "optimistic"), abs=1e-6)
+    assert got == pytest.approx(one_caption, abs=1e-6)
+    expected = loop_recall(*data, "optimistic") | {f"one_caption_{key}": value for key, value in one_caption.items()}
+    got = run_two_processes(two_processes, partial(RetrievalRecall, KS, captions="both"), shards)
+    assert got == pytest.approx(expected, abs=1e-6)
 
 
 def test_no_data_gives_nan_and_says_so(two_processes) -> None:
     with pytest.warns(UserWarning, match="no image with a caption"):
         assert_values(RetrievalRecall(KS).compute(), {f"{way}_r{k}": math.nan for way in ("i2t", "t2i") for k in KS})
+    with pytest.warns(UserWarning, match="no image with a caption"):
+        assert len(RetrievalRecall(KS, captions="both").compute()) == 4 * len(KS)
     metric = RetrievalRecall((1,))
     metric.update(torch.ones(1, 4), torch.tensor([3]), torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
     with pytest.warns(UserWarning, match="no image with a caption"):
@@ -208,6 +229,8 @@ def test_wrong_arguments_are_named(arguments, message: str) -> None:
 
 
 def test_wrong_updates_are_named() -> None:
+    with pytest.raises(ValueError, match="captions must be one of"):
+        RetrievalRecall(captions="five")
     metric = RetrievalRecall()
     with pytest.raises(ValueError, match=r"not in the batch: \[8\]"):
         metric.update(torch.eye(2), torch.tensor([1, 2]), torch.eye(2), torch.tensor([1, 8]))

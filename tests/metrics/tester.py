@@ -6,6 +6,8 @@ from multiprocessing.pool import Pool
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 Batch = tuple[Tensor, ...]
@@ -29,6 +31,24 @@ def run_class(make: Callable[[], Metric], batches: Sequence[Batch]) -> dict[str,
     return metric.compute()
 
 
+class _Largest(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
+        return result
+
+
+def largest_tensor(call: Callable[[], object]) -> int:
+    """Return the number of entries of the largest tensor that any operation of `call` gave."""
+    with _Largest() as largest:
+        call()
+    return largest.numel
+
+
 def _one_rank(make: Callable[[], Metric], shards: Sequence[Sequence[Batch]]) -> tuple[int, Values]:
     """Runs inside a worker: feed this rank its shard; also go on after compute, as validation loops do."""
     metric = make()
@@ -45,7 +65,7 @@ def _one_rank(make: Callable[[], Metric], shards: Sequence[Sequence[Batch]]) -> 
 def run_two_processes(pool: Pool, make: Callable[[], Metric], shards: Sequence[Sequence[Batch]]) -> Values:
     """Return what both processes computed, after checking that they agree; `make` must be picklable."""
     # each task blocks in the gather until the other worker holds the other task, so that both ranks take part
-    results = dict(pool.starmap_async(_one_rank, [(make, shards)] * 2, chunksize=1).get(timeout=60))
+    results = dict(pool.starmap_async(_one_rank, [(make, shards)] * 2, chunksize=1).get(timeout=200))
     assert set(results) == {0, 1}
     assert str(results[0]) == str(results[1])
     return results[0]
