@@ -1,0 +1,1 @@
+"""Reported tables beside a run's own: terminal, markdown, HTML, W&B."""
