@@ -13,7 +13,6 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtrain.callbacks import EvaluationTable
@@ -142,7 +141,7 @@ class CLI(LightningCLI):
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, LearningRateMonitor)]  # it insists
         if trainer.logger is None and not trainer.fast_dev_run:
             name = self.layer.data["vars"]["name"]
-            kwargs["logger"] = default_logger(folder, name) if self.verb == "fit" else CSVLogger(folder, "logs")
+            kwargs["logger"] = default_logger(folder, name, self.verb, fresh)
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:  # for example an unknown strategy or precision
@@ -179,6 +178,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
     # our evaluation metrics are gathered by torchmetrics before they are logged
     warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True.*")
+    # only names settings of callbacks that changed, of which ResumeGuard tells those that matter
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create.*")
     # two libraries disagreeing inside Lightning
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
     # advertisements for other products
