@@ -170,6 +170,8 @@ class DataCounters(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint["data_counters"] = gather_counts(trainer)
+        data = getattr(trainer, "datamodule", None)
+        checkpoint["data_counts"] = dict(getattr(data, "data_counts", {}))  # `test` puts it into the results
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         self._loaded = checkpoint.get("data_counters", [])
@@ -191,7 +193,10 @@ def gather_counts(trainer: pl.Trainer) -> list[dict[str, int]]:
 
 
 class EvaluationTable(pl.Callback):
-    """Prints the metrics of `fit` (of its last evaluation), `validate` and `test` beside what guessing would score."""
+    """Prints the metrics of `fit` (of its last evaluation) and `validate` beside what guessing would score.
+
+    `test` has tables of its own: `mmtrain.reporting.callback.Results`.
+    """
 
     def __init__(self) -> None:
         self.step = -1  # of the last evaluation
@@ -202,9 +207,6 @@ class EvaluationTable(pl.Callback):
         self.step = trainer.global_step
         if trainer.state.fn == "validate":
             self._print(trainer, pl_module)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._print(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.step == trainer.global_step:  # otherwise the command line evaluates once more

@@ -16,7 +16,7 @@ from mmtrain.config_errors import UserError, clip
 LAST = "last.ckpt"
 
 # Settings that do not change what is computed, so they may differ on resume without a word.
-HARMLESS = ("num_workers", "pretrained", "eval_batch_size", "chunk", "evaluate")
+HARMLESS = ("num_workers", "pretrained", "eval_batch_size", "chunk", "evaluate", "benchmarks", "test")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -22,6 +22,8 @@ class Alip(ImageTextModule):
         kwargs: further settings of `ImageTextModule`.
     """
 
+    method = "ALIP"
+
     def __init__(
         self,
         architecture: str = "ViT-B-32",

@@ -17,6 +17,8 @@ class CyClip(ImageTextModule):
         kwargs: settings of `ImageTextModule`.
     """
 
+    method = "CyCLIP"
+
     def __init__(
         self,
         inmodal: float = 0.25,

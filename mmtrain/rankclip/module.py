@@ -1,6 +1,7 @@
 """LightningModules for contrastive image-text pretraining. CyCLIP and ALIP stand in files of their own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 
 from mmtrain.checkpoint import plain
 from mmtrain.config_errors import UserError
+from mmtrain.feature_cache import FeatureCache, fingerprint
+from mmtrain.metrics.linear_probe import ProbeSettings
 from mmtrain.optim import AdamWSettings
-from mmtrain.rankclip.evaluate import ImageTextEvaluation
+from mmtrain.rankclip.evaluate import ImageTextEvaluation, feature_rows, probe_average
+from mmtrain.rankclip.gallery import PAIRS_SHOWN, draw
 from mmtrain.rankclip.losses import RowObjective, clip_objective, rankclip_objective, ranking_ramp, row_chunked_loss
-from mmtrain.rankclip.networks import build_clip, encode
+from mmtrain.rankclip.networks import backbone_name, build_clip, encode
 from mmtrain.rankclip.pretrained import load_pretrained
 
 
@@ -44,6 +48,26 @@ class LossSettings:
         return torch.float16 if self.half_precision else None
 
 
+@dataclass
+class TestSettings:
+    """What `test` measures beside zero-shot classification and retrieval.
+
+    Args:
+        probe: how linear probes are fitted.
+        keep_features: keep features in `<run folder>/features`, so that a `test` that was cut short, or one with other
+            settings of the probe, computes none of them again. They may be deleted at any time.
+        figures: draw the modality gap, activation maps and sample pictures.
+    """
+
+    __test__ = False  # the name misleads pytest
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+    keep_features: bool = True
+    figures: bool = True
+
+    def __post_init__(self) -> None:
+        self.probe = settings(ProbeSettings, self.probe)
+
+
 def settings(kind: type, given: Any) -> Any:
     """Settings as given, the defaults for None; a dict is what a checkpoint holds of them."""
     return kind(**given) if isinstance(given, dict) else given or kind()
@@ -61,7 +85,11 @@ class ImageTextModule(pl.LightningModule):
         micro_batch: pictures a process encodes at a time; None takes the whole local batch. Gradients are the same but
             for BatchNorm (RN50), which then normalises each micro-batch by itself.
         pretrained: file with weights to start from, in any layout of `mmtrain.rankclip.pretrained`.
+        test: what `test` does beside what training's evaluations do.
     """
+
+    paper = "rankclip"
+    method = ""  # as the paper's tables spell it
 
     def __init__(
         self,
@@ -70,6 +98,7 @@ class ImageTextModule(pl.LightningModule):
         loss: LossSettings | None = None,
         micro_batch: int | None = None,
         pretrained: str | None = None,
+        test: TestSettings | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # of the subclass too
@@ -82,8 +111,12 @@ class ImageTextModule(pl.LightningModule):
                 load_pretrained(self.network, pretrained, architecture)
             except (ValueError, OSError) as error:
                 raise UserError(f"pretrained: {error}") from error
+        self.test_settings = settings(TestSettings, test)
         self.set_names: list[str] = []  # of the evaluation sets; a list, for modules may not have every name
         self.evaluations = nn.ModuleList()
+        self.caches: dict[str, FeatureCache] = {}  # by loader, in `test`
+        self.figures: list[dict[str, str]] = []  # drawn by `test`: file in the run folder, title, kind
+        self.trained: dict[str, Any] = {}  # what a loaded checkpoint says of its training
 
     def objective(self, features: tuple[Tensor, ...]) -> RowObjective:
         """The objective of this step, given this process's unit features."""
@@ -116,37 +149,111 @@ class ImageTextModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         return self.optim.configure(self)
 
-    # Evaluation: one ImageTextEvaluation for each loader of the data module.
+    # Evaluation: one ImageTextEvaluation for each set of the data module; `test` also fits probes, which have a second
+    # loader named SET/train, and keeps features on disk.
+
+    def begin_evaluations(self, thorough: bool) -> None:
+        """Make the evaluations of the data module's sets anew, empty."""
+        sets = getattr(self.trainer.datamodule, "evaluation_sets", {})
+        self.set_names = list(sets)
+        probe = self.test_settings.probe
+        made = (ImageTextEvaluation(**about, probe=probe, thorough=thorough) for about in sets.values())
+        self.evaluations = nn.ModuleList(made).to(self.device)
+        known: dict[int, Tensor] = {}
+        for evaluation in self.evaluations:
+            evaluation.begin(self.network, self.device, known)
+
+    def evaluation_of(self, dataloader_idx: int) -> tuple[str, ImageTextEvaluation, str]:
+        """Name of the loader, its set's evaluation, and "test" or, for what a probe is fitted on, "train"."""
+        name = self.trainer.datamodule.loader_names[dataloader_idx]
+        set_name, _, split = name.partition("/")
+        return name, self.evaluations[self.set_names.index(set_name)], split or "test"
+
+    def log_evaluations(self, prefix: str) -> dict[str, float]:
+        """Log `prefix/SET/METRIC` of all sets and return the values."""
+        values = {}
+        for set_name, evaluation in zip(self.set_names, self.evaluations, strict=True):
+            values |= {f"{prefix}/{set_name}/{name}": value for name, value in evaluation.compute().items()}
+        values |= probe_average(values, prefix)
+        self.log_dict(values)
+        return values
 
     def on_validation_epoch_start(self) -> None:
-        if len(self.evaluations) == 0:
-            sets = getattr(self.trainer.datamodule, "evaluation_sets", {})
-            self.set_names = list(sets)
-            self.evaluations = nn.ModuleList(ImageTextEvaluation(**about) for about in sets.values()).to(self.device)
-        for evaluation in self.evaluations:
-            evaluation.begin(self.network, self.device)
+        self.begin_evaluations(thorough=False)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluations[dataloader_idx].update(self.network, batch)
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        _, evaluation, split = self.evaluation_of(dataloader_idx)
+        evaluation.add(feature_rows(self.network, batch), split)
 
     def on_validation_epoch_end(self) -> None:
-        for set_name, evaluation in zip(self.set_names, self.evaluations, strict=True):
-            values = evaluation.compute()
-            self.log_dict({f"val/{set_name}/{name}": value for name, value in values.items()})
+        self.log_evaluations("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.begin_evaluations(thorough=True)
+        self.caches = {}
+        if not self.test_settings.keep_features:
+            return
+        about = {"precision": self.trainer.precision, "processes": self.trainer.world_size}
+        weights = fingerprint(self.network, **about)
+        for index, loader in enumerate(self.trainer.test_dataloaders):
+            name, evaluation, split = self.evaluation_of(index)
+            tag = f"{weights}-{loader.fingerprint()}"
+            folder = Path(self.trainer.default_root_dir) / "features" / name.replace("/", "-") / tag
+            cache = self.caches[name] = FeatureCache(folder, self.global_rank)
+            for rows in cache.load():
+                evaluation.add({key: value.to(self.device) for key, value in rows.items()}, split)
+            loader.skip = cache.batches
+            if cache.batches:
+                print(f"{name}: features of {cache.batches} of {len(loader)} batches are in {folder}")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        name, evaluation, split = self.evaluation_of(dataloader_idx)
+        if name in self.caches and batch_idx < self.trainer.test_dataloaders[dataloader_idx].skip:
+            return
+        rows = feature_rows(self.network, batch)
+        evaluation.add(rows, split)
+        if name in self.caches:
+            self.caches[name].add(rows)
+
+    def on_test_epoch_end(self) -> None:
+        for cache in self.caches.values():
+            cache.flush()
+        self.log_evaluations("test")
+        self.figures = []
+        if self.test_settings.figures:
+            sets = zip(self.set_names, self.evaluations, strict=True)
+            pairs = {name: evaluation.pairs(PAIRS_SHOWN) for name, evaluation in sets}
+            if self.trainer.is_global_zero:
+                self.figures = draw(self, pairs, Path(self.trainer.default_root_dir))
 
     def chance_levels(self) -> dict[str, float]:
-        """What guessing would score, by the name under which a metric is logged."""
+        """What guessing would score, by the name under which a metric is logged; for those that it makes sense for."""
         sets = dict(zip(self.set_names, self.evaluations, strict=True))
-        parts = {
-            name: name.removeprefix("val/").rpartition("/")
-            for name in self.trainer.callback_metrics
-            if name.startswith("val/")
-        }
-        return {name: sets[of].chance(metric) for name, (of, _, metric) in parts.items() if of in sets}
+        found = {}
+        for name in self.trainer.callback_metrics:
+            set_name, _, metric = name.partition("/")[2].rpartition("/")
+            chance = sets[set_name].chance(metric) if set_name in sets else None
+            if chance is not None:
+                found[name] = chance
+        return found
 
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
+    @property
+    def backbone(self) -> str:
+        """The architecture as the paper's tables write it."""
+        return backbone_name(self.architecture)
+
+    def protocols(self) -> dict[str, str]:
+        """How each set's figures are counted, in words."""
+        sets = zip(self.set_names, self.evaluations, strict=True)
+        return {name: words for name, evaluation in sets if (words := evaluation.protocol())}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained = {
+            "step": checkpoint.get("global_step", 0),
+            "epoch": checkpoint.get("epoch", 0),
+            "seed": checkpoint.get("settings", {}).get("seed_everything"),
+            "data_counts": checkpoint.get("data_counts", {}),
+        }
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Unit features of a batch: image [B, D] with id [B], and text [M, D] with text_id [M] where there is text."""
@@ -160,6 +267,8 @@ class ImageTextModule(pl.LightningModule):
 
 class Clip(ImageTextModule):
     """CLIP: symmetric InfoNCE over the global batch (arXiv 2103.00020). Settings: `ImageTextModule`."""
+
+    method = "CLIP"
 
     def objective(self, features: tuple[Tensor, ...]) -> RowObjective:
         return clip_objective(self.loss_settings.dtype)
@@ -189,6 +298,8 @@ class RankClip(ImageTextModule):
         eps: 0 is the Plackett-Luce likelihood; 1e-10 the published code, which differs once tau is large.
         kwargs: settings of `ImageTextModule`.
     """
+
+    method = "RankCLIP"
 
     def __init__(
         self,

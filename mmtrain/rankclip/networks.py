@@ -1,6 +1,7 @@
 """The dual encoder: any open_clip architecture, fed with uint8 pictures, in micro-batches if memory is short."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -60,6 +61,16 @@ def register(architecture: str) -> str:
     return path.stem
 
 
+def backbone_name(architecture: str) -> str:
+    """How papers write an architecture.
+
+    >>> [backbone_name(name) for name in ("ViT-B-32-quickgelu", "RN50", "sizes/rn_small.json")]
+    ['ViT-B/32', 'RN50', 'rn_small']
+    """
+    name = Path(architecture).name.removesuffix(".json").removesuffix("-quickgelu")
+    return re.sub(r"^(ViT-[A-Za-z]+)-(\d+)$", r"\1/\2", name)
+
+
 def normalise_pictures(pictures: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] to float32 with CLIP's mean and deviation."""
     mean = pictures.new_tensor(open_clip.OPENAI_DATASET_MEAN, dtype=torch.float32).view(3, 1, 1)
@@ -68,7 +79,12 @@ def normalise_pictures(pictures: Tensor) -> Tensor:
 
 
 def encode_images(network: open_clip.CLIP, pictures: Tensor) -> Tensor:
-    """Unit image features [B, D] of uint8 pictures [B, 3, H, W].
+    """Unit image features [B, D] of uint8 pictures [B, 3, H, W]; see `project_images`."""
+    return F.normalize(project_images(network, pictures), dim=-1)
+
+
+def project_images(network: open_clip.CLIP, pictures: Tensor) -> Tensor:
+    """Projected image features [B, D] of any length, which linear probes take, of uint8 pictures [B, 3, H, W].
 
     Raises:
         UserError: pictures of another size than the architecture's.
@@ -80,7 +96,7 @@ def encode_images(network: open_clip.CLIP, pictures: Tensor) -> Tensor:
         raise UserError(
             f"pictures are {got}, the architecture takes {size[0]}x{size[1]}: set data.init_args.pictures.size"
         )
-    return F.normalize(network.encode_image(normalise_pictures(pictures)), dim=-1)
+    return network.encode_image(normalise_pictures(pictures))
 
 
 def encode_texts(network: open_clip.CLIP, tokens: Tensor) -> Tensor:

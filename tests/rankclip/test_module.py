@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
-from datamodules.image_text import EvaluationSet, ImageTextDataModule, Pictures
+from datamodules.evaluation_sets import EvaluationSet
+from datamodules.image_text import ImageTextDataModule
+from datamodules.pictures import Pictures
 from datamodules.synthetic import CLASSES, write_pairs
 from mmtrain.checkpoint import AtomicCheckpointIO
 from mmtrain.config_errors import UserError
