@@ -12,12 +12,15 @@ from mmtrain.config_errors import UserError, nearest, say_once
 TRAINING = {
     "fit": "train, and evaluate while training",
     "validate": "evaluate a checkpoint on the validation data",
-    "test": "evaluate a checkpoint on the test data",
+    "test": "measure a checkpoint: the paper's tables with our row, figures, results.json",
     "predict": "run a checkpoint and keep its outputs",
 }
 OTHERS = {  # verb: (module whose main(argv) runs it, description); imported only when used
     "list": ("mmtrain.listing", "show the shipped configs"),
     "data": ("datamodules.tools", "prepare and check data: index, ..."),
+    "report": ("mmtrain.reporting.report", "one page of many runs beside the reported numbers"),
+    "dashboard": ("mmtrain.reporting.dashboard", "the same as a W&B project: baselines, workspace, report"),
+    "reproduce": ("mmtrain.reproduce", "a paper's comparison at laptop scale, with a verdict on each claim"),
     "export": ("mmtrain.rankclip.pretrained", "write a checkpoint in a released layout"),
 }
 USAGE = """usage: python -m mmtrain VERB ...
@@ -46,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return interrupted()
+    except BrokenPipeError:  # whoever read our output, `head` for example, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into SystemExit(1)
             return interrupted()
@@ -64,7 +70,7 @@ def dispatch(argv: list[str]) -> int:
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if verb in ("-h", "--help", "help"):
         descriptions = {**TRAINING, **{name: text for name, (_, text) in OTHERS.items()}}
-        print(USAGE.format(verbs="\n".join(f"  {name:<10}{text}" for name, text in descriptions.items())), end="")
+        print(USAGE.format(verbs="\n".join(f"  {name:<11}{text}" for name, text in descriptions.items())), end="")
         return 0
     if verb == "--version":
         print(f"mmtrain {__version__}")
