@@ -165,31 +165,43 @@ class ImageTextDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Index the shards once for each machine, so that `setup` finds the index."""
-        if self.trainer is None or self.trainer.state.fn == "fit":
+        stage = "fit" if self.trainer is None else self.trainer.state.fn
+        if stage == "fit":
             self._open_train()
-        for evaluation in self.evaluate.values():
+        for evaluation in self._wanted(stage)[0].values():
             if evaluation.exists():
                 evaluation.open()
+                if stage == "test":
+                    evaluation.open_probe_train()
+
+    def _wanted(self, stage: str) -> tuple[dict[str, EvaluationSet], dict[str, str]]:
+        """The sets of a stage, and the benchmarks that are not there."""
+        if stage != "test":
+            return {name: chosen for name, chosen in self.evaluate.items() if not chosen.is_probe_only}, {}
+        found, missing = benchmark_sets(self.benchmarks) if self.benchmarks else ({}, {})
+        return found | self.evaluate, {name: layout for name, layout in missing.items() if name not in self.evaluate}
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_source is None:
             self.train_source = self._open_train()
             self._report("train", self.train_source)
-        self.wanted = {name: chosen for name, chosen in self.evaluate.items() if not chosen.is_probe_only}
-        if stage == "test":
-            found, self.missing = benchmark_sets(self.benchmarks) if self.benchmarks else ({}, {})
-            self.wanted = found | self.evaluate
+        self.wanted, self.missing = self._wanted(stage)
+        self.evaluation_sets = {}
         for name, evaluation in self.wanted.items():
             if not evaluation.exists():
                 self._miss(name, evaluation)
             else:
                 self._open_evaluation(name, evaluation, probe=stage == "test")
-        self.loader_names = list(self.sources)
+        self.loader_names = [
+            loader
+            for loader in self.sources
+            if loader in self.wanted or (stage == "test" and loader.removesuffix("/train") in self.wanted)
+        ]
         if stage == "test" and self.missing:
             listed = "\n".join(f"  {name}: {layout}" for name, layout in self.missing.items())
             root = f" under {self.benchmarks}" if self.benchmarks else ""
             rank_zero_info(f"evaluation sets that are not there, and how they are looked for{root}:\n{listed}")
-        if stage != "fit" and not self.sources and self.train_source is None:
+        if stage != "fit" and not self.loader_names and self.train_source is None:
             raise UserError(
                 f"data.evaluate: none of its sets exists: {', '.join(self.evaluate) or 'none is named'}"
                 + (f", and data.benchmarks: {self.benchmarks} holds none" if self.benchmarks else "")

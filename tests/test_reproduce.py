@@ -18,28 +18,14 @@ from mmtrain.reporting.results import Run, estimate, write_run
 from mmtrain.reproduce import Claim, Job, Plan, judge, read_stages, run_all, verdict
 
 CLAIM = Claim("better", "Table 1", "test/a/top1", ("Rival",))
-SMALL = Plan(
-    "paper",
-    "Own",
-    {"Own": "own_config", "Rival": "rival_config"},
-    (),
-    (4, 1),
-    (3, 2),
-    (CLAIM,),
-    ("test/a/modality_gap",),
-)
+GAP = "test/a/modality_gap"
+CONFIGS = {"Own": "own_config", "Rival": "rival_config"}
+SMALL = Plan("paper", "Own", CONFIGS, (), (4, 1), (3, 2), (CLAIM,), (GAP,))
 
 
 def run(method: str, seed: int, top1: float, folder: Path = Path("x")) -> Run:
-    return Run(
-        folder,
-        "paper",
-        method,
-        folder.name,
-        "laptop",
-        seed=seed,
-        metrics={"test/a/top1": top1, "test/a/modality_gap": 0.5},
-    )
+    metrics = {"test/a/top1": top1, GAP: 0.5}
+    return Run(folder, "paper", method, folder.name, "laptop", seed=seed, metrics=metrics)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +92,7 @@ def test_all_runs_and_then_nothing_is_done_again(recorder, tmp_path: Path) -> No
     ]
     assert first["claims"][0]["difference"]["mean"] == pytest.approx(0.105)
     assert first["cpu_seconds"] == pytest.approx(8 * 1.5)
-    assert first["metrics"]["test/a/modality_gap"]["Own"]["mean"] == 0.5
+    assert first["metrics"][GAP]["Own"]["mean"] == 0.5
     assert json.loads((tmp_path / "reproduce.json").read_text())["command"] == "the command"
     text = (tmp_path / "reproduce.md").read_text()
     assert "| a/top1 | 31.00 ± 12.71 | 20.50 ± 6.35 |" in text and "quick: a trial" in text

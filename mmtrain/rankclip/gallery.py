@@ -13,6 +13,7 @@ from mmtrain.rankclip import figures
 from mmtrain.rankclip.activation_maps import activation_maps, nouns
 from mmtrain.rankclip.evaluate import ImageTextEvaluation
 from mmtrain.rankclip.networks import encode_images, encode_texts
+from mmtrain.rankclip.projection import Projection
 from mmtrain.reporting.results import RunGroup
 
 PAIRS_SHOWN = 250  # figure 6 shows about as many
@@ -26,12 +27,18 @@ Drawn = list[dict[str, str]]  # file (in the folder drawn to), title, kind
 
 
 @torch.no_grad()
-def draw(module: pl.LightningModule, pairs: dict[str, tuple[Tensor, Tensor] | None], folder: Path) -> Drawn:
+def draw(
+    module: pl.LightningModule,
+    pairs: dict[str, tuple[Tensor, Tensor] | None],
+    folder: Path,
+    projection: Projection = "svd",
+) -> Drawn:
     """Draw what a tested module's sets allow into `<folder>/figures`.
 
     Args:
         module: an ImageTextModule after its sets were evaluated.
         pairs: for each set some image and text features, None for a set without pairs.
+        projection: of the figure of the modality gap.
     """
     drawn: Drawn = []
 
@@ -41,9 +48,9 @@ def draw(module: pl.LightningModule, pairs: dict[str, tuple[Tensor, Tensor] | No
 
     for name, evaluation in zip(module.set_names, module.evaluations, strict=True):
         if pairs[name] is not None and torch.isfinite(torch.cat(pairs[name])).all():
-            figures.modality_gap(
-                *(part.cpu() for part in pairs[name]), add(f"modality_gap_{name}", f"Modality gap, {name}", "figure")
-            )
+            images, texts = (part.cpu() for part in pairs[name])
+            path = add(f"modality_gap_{name}", f"Modality gap, {name}", "figure")
+            figures.modality_gap(images, texts, path, projection)
         batch = module.trainer.datamodule.peek(name, PICTURES_SHOWN)
         if "image" not in batch:
             continue

@@ -57,12 +57,14 @@ class TestSettings:
         keep_features: keep features in `<run folder>/features`, so that a `test` that was cut short, or one with other
             settings of the probe, computes none of them again. They may be deleted at any time.
         figures: draw the modality gap, activation maps and sample pictures.
+        projection: plane of the modality gap's figure: "svd" is deterministic; "umap" needs the extra of that name.
     """
 
     __test__ = False  # the name misleads pytest
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     keep_features: bool = True
     figures: bool = True
+    projection: Literal["svd", "umap"] = "svd"
 
     def __post_init__(self) -> None:
         self.probe = settings(ProbeSettings, self.probe)
@@ -203,7 +205,7 @@ class ImageTextModule(pl.LightningModule):
             for rows in cache.load():
                 evaluation.add({key: value.to(self.device) for key, value in rows.items()}, split)
             loader.skip = cache.batches
-            if cache.batches:
+            if cache.batches and self.trainer.is_global_zero:
                 print(f"{name}: features of {cache.batches} of {len(loader)} batches are in {folder}")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -224,7 +226,8 @@ class ImageTextModule(pl.LightningModule):
             sets = zip(self.set_names, self.evaluations, strict=True)
             pairs = {name: evaluation.pairs(PAIRS_SHOWN) for name, evaluation in sets}
             if self.trainer.is_global_zero:
-                self.figures = draw(self, pairs, Path(self.trainer.default_root_dir))
+                folder = Path(self.trainer.default_root_dir)
+                self.figures = draw(self, pairs, folder, self.test_settings.projection)
 
     def chance_levels(self) -> dict[str, float]:
         """What guessing would score, by the name under which a metric is logged; for those that it makes sense for."""
