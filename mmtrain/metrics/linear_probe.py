@@ -91,7 +91,7 @@ def fit_probe(
     """
     _check_rows(features, labels, num_classes)
     generator = torch.Generator().manual_seed(seed)
-    with _fitting(features):
+    with _fitting(features), _one_thread():
         features, labels = features.to(_working_type(features)), labels.long()
         probe = _initial_probe(features.shape[1], num_classes, generator).to(features)
         optimizer = torch.optim.AdamW(parameter_groups(probe.named_parameters(), weight_decay, "matrices"), lr=lr)
@@ -226,6 +226,17 @@ def _fitting(features: Tensor) -> Iterator[None]:
     off = torch.autocast(features.device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), off:
         yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps this small gain nothing from more, and on busy cores threads that wait for each other cost tenfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _initial_probe(width: int, num_classes: int, generator: torch.Generator) -> nn.Linear:
