@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmtrain.config_errors import UserError
@@ -315,6 +316,6 @@ def main(argv: list[str]) -> int:
     out = arguments.out or Path("runs") / f"reproduce_{arguments.paper}{'_quick' if arguments.quick else ''}"
     command = shlex.join(["python", "-m", "mmtrain", "reproduce", *argv])
     reproduce(plan, out, arguments.quick, arguments.jobs, command)
-    Console().print((out / "reproduce.md").read_text(), markup=False)
+    Console().print(Markdown((out / "reproduce.md").read_text()))
     print(f"all of it is in {out}; a page of it: python -m mmtrain report {out}")
     return 0
