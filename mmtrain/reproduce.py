@@ -316,6 +316,7 @@ def main(argv: list[str]) -> int:
     out = arguments.out or Path("runs") / f"reproduce_{arguments.paper}{'_quick' if arguments.quick else ''}"
     command = shlex.join(["python", "-m", "mmtrain", "reproduce", *argv])
     reproduce(plan, out, arguments.quick, arguments.jobs, command)
-    Console().print(Markdown((out / "reproduce.md").read_text()))
+    wide = Console(width=max(Console().width, 120))  # at 80 characters the names would be cut
+    wide.print(Markdown((out / "reproduce.md").read_text()))
     print(f"all of it is in {out}; a page of it: python -m mmtrain report {out}")
     return 0
