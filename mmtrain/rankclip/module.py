@@ -1,11 +1,13 @@
 """LightningModules for contrastive image-text pretraining. CyCLIP and ALIP stand in files of their own."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from mmtrain.checkpoint import plain
@@ -68,6 +70,8 @@ class TestSettings:
 
     def __post_init__(self) -> None:
         self.probe = settings(ProbeSettings, self.probe)
+        if self.projection == "umap" and importlib.util.find_spec("umap") is None:  # said now, not after the evaluation
+            raise UserError("test.projection: umap needs umap-learn: pip install 'mmtrain[umap]'; or take svd")
 
 
 def settings(kind: type, given: Any) -> Any:
@@ -221,13 +225,19 @@ class ImageTextModule(pl.LightningModule):
         for cache in self.caches.values():
             cache.flush()
         self.log_evaluations("test")
-        self.figures = []
-        if self.test_settings.figures:
-            sets = zip(self.set_names, self.evaluations, strict=True)
-            pairs = {name: evaluation.pairs(PAIRS_SHOWN) for name, evaluation in sets}
-            if self.trainer.is_global_zero:
-                folder = Path(self.trainer.default_root_dir)
-                self.figures = draw(self, pairs, folder, self.test_settings.projection)
+        self.figures = self.draw_figures() if self.test_settings.figures else []
+
+    def draw_figures(self) -> list[dict[str, str]]:
+        """Draw what the sets allow, on the first process. One that cannot be drawn costs a warning, not the results."""
+        sets = zip(self.set_names, self.evaluations, strict=True)
+        pairs = {name: evaluation.pairs(PAIRS_SHOWN) for name, evaluation in sets}  # gathers
+        if not self.trainer.is_global_zero:
+            return []
+        try:
+            return draw(self, pairs, Path(self.trainer.default_root_dir), self.test_settings.projection)
+        except (OSError, ValueError, RuntimeError) as error:
+            rank_zero_warn(f"not all figures could be drawn: {error}", category=UserWarning)
+            return []
 
     def chance_levels(self) -> dict[str, float]:
         """What guessing would score, by the name under which a metric is logged; for those that it makes sense for."""

@@ -17,6 +17,7 @@ from datamodules.image_text import ImageTextDataModule
 from datamodules.pictures import Pictures
 from datamodules.synthetic import CLASSES, jpeg, pairs, picture, write_shard
 from mmtrain.__main__ import main
+from mmtrain.config_errors import UserError
 from mmtrain.metrics.linear_probe import ProbeSettings, fit_probe
 from mmtrain.rankclip import evaluate
 from mmtrain.rankclip.evaluate import PROBE_AVERAGE, probe_average
@@ -249,6 +250,19 @@ def test_two_processes_measure_the_same(config: Path, tmp_path: Path) -> None:
         results.append(read_run(tmp_path / devices).metrics)
     assert results[0].keys() == results[1].keys() and len(results[0]) > 20
     assert results[1] == pytest.approx(results[0], abs=1e-6)
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_result(folder, undisturbed, tmp_path, monkeypatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("mmtrain.rankclip.figures.save", refuses)
+    with pytest.warns(UserWarning, match="not all figures could be drawn: No space left"):
+        assert evaluated(folder, tmp_path, model(folder, keep_features=False)) == pytest.approx(undisturbed, abs=1e-7)
+    with pytest.raises(UserError, match="umap needs umap-learn"):
+        monkeypatch.setitem(sys.modules, "umap", None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        TestSettings(projection="umap")
 
 
 def test_the_average_needs_all_ten_sets() -> None:
