@@ -155,6 +155,8 @@ class ImageTextDataModule(pl.LightningDataModule):
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
         self.pictures = pictures or Pictures()
         self.evaluate = {name: chosen for name, chosen in (evaluate or {}).items() if chosen is not None}
+        if bad := [name for name in self.evaluate if "/" in name]:
+            raise UserError(f"data.init_args.evaluate: the name {bad[0]!r} has a slash, which separates set and metric")
         self.evaluation_sets: dict[str, dict[str, Any]] = {}  # what `EvaluationSet.describe` says of each
         self.loader_names: list[str] = []  # of the present stage's loaders: SET, or SET/train for a probe's training
         self.missing: dict[str, str] = {}  # sets that are not there, and how to lay them out

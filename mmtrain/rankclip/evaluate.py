@@ -68,7 +68,6 @@ class ImageTextEvaluation(nn.Module):
         )  # fmt: skip
         self.prompts = prompts  # not a buffer: 80,000 prompts don't belong in checkpoints
         self.weights: Tensor | None = None
-        self.seen = 0  # pictures added by this process
         zero_shot = prompts is not None
         self.zero_shot = ZeroShotAccuracy() if zero_shot else None
         self.all_classes = ZeroShotAccuracy() if zero_shot and present is not None else None
@@ -84,7 +83,6 @@ class ImageTextEvaluation(nn.Module):
         Args:
             known: class weights by `id` of their prompts, which sets with the same classes share.
         """
-        self.seen = 0
         for metric in self.children():
             metric.reset()
         if self.zero_shot is not None:
@@ -102,7 +100,6 @@ class ImageTextEvaluation(nn.Module):
             self.probe.update(images, labels, ids, split)
         if split == "train":
             return
-        self.seen += len(ids)
         if self.zero_shot is not None:
             self._classify(images, labels, ids)
         if self.retrieval is not None:

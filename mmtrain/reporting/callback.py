@@ -1,12 +1,14 @@
 """What `test` leaves behind: the paper's tables with our row on the terminal, results.json, markdown, W&B."""
 
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
+import torch
 from rich.console import Console
 
-from mmtrain import reported
+from mmtrain import distributed, reported
 from mmtrain.reporting.results import Run, group_runs, write_run
 from mmtrain.reporting.tables import ComparedTable, compare, laptop_tables, measured_tables, to_markdown, to_rich
 from mmtrain.reporting.wandb_log import log_results
@@ -25,9 +27,13 @@ class Results(pl.Callback):
         self.scale, self.train_data = scale, train_data
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero or not getattr(pl_module, "paper", None):
+        if not getattr(pl_module, "paper", None):
+            return
+        skipped = gather_skipped(trainer)
+        if not trainer.is_global_zero:
             return
         run = collect(trainer, pl_module, self.scale, self.train_data)
+        run.skipped = skipped
         tables = tables_of(run)
         console = Console()
         for table in tables:
@@ -61,7 +67,6 @@ def collect(
         metrics={name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("test/")},
         chance=module.chance_levels(),
         evaluated={name: about["num_samples"] for name, about in data.evaluation_sets.items()},
-        skipped=_skipped(trainer, data),
         missing=dict(data.missing),
         protocol=module.protocols(),
         data_counts={**trained.get("data_counts", {}), **data.data_counts},
@@ -70,10 +75,18 @@ def collect(
     )
 
 
-def _skipped(trainer: pl.Trainer, data: Any) -> dict[str, dict[str, int]]:
-    """Samples of each loader that could not be read by this process, by reason."""
-    loaders = zip(data.loader_names, trainer.test_dataloaders, strict=True)
-    return {name: dict(loader.counts) for name, loader in loaders if loader.counts}
+def gather_skipped(trainer: pl.Trainer) -> dict[str, dict[str, int]]:
+    """Samples of each loader that could not be read, by reason, over all processes; call it on every one.
+
+    Batches whose features were on disk already are not read again, so their losses are not counted again.
+    """
+    loaders = zip(trainer.datamodule.loader_names, trainer.test_dataloaders, strict=True)
+    counts = [{name: dict(loader.counts) for name, loader in loaders}]
+    if distributed.world_size() > 1:
+        own, counts = counts[0], [{}] * distributed.world_size()
+        torch.distributed.all_gather_object(counts, own)
+    total = {name: sum((Counter(part[name]) for part in counts), Counter()) for name in counts[0]}
+    return {name: dict(reasons) for name, reasons in total.items() if reasons}
 
 
 def tables_of(run: Run) -> list[ComparedTable]:

@@ -59,6 +59,8 @@ def test_classes_that_do_not_fit_the_folders_are_refused(folder) -> None:
         data.setup("validate")
     with pytest.raises(UserError, match="no such file; give 'imagenet'"):
         class_names("imagnet", None)
+    with pytest.raises(UserError, match="'a/b' has a slash"):
+        ImageTextDataModule("x", evaluate={"a/b": EvaluationSet("y")})
     with pytest.raises(UserError, match=r"has no \{\} for the class name"):
         module(x=EvaluationSet(str(folder / "labelled"), templates="a photo")).setup("validate")
 

@@ -1,6 +1,7 @@
 """The `test` verb over all kinds of sets: against features taken by hand, resumed, on two processes, and its files."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -239,17 +240,23 @@ def test_the_verb_leaves_results_tables_and_pictures(config: Path, tmp_path: Pat
 
 
 def test_two_processes_measure_the_same(config: Path, tmp_path: Path) -> None:
-    """37, 9 and 6 samples on two processes: each of them repeats a sample."""
-    results = []
+    """37, 9 and 7 samples, one of them unreadable, on two processes: each process repeats a sample or has fewer."""
+    broken = tmp_path / "root/imagenet/val"
+    shutil.copytree(Path(yaml.safe_load(config.read_text())["data"]["init_args"]["benchmarks"]), tmp_path / "root")
+    (broken / "n01440764/broken.JPEG").write_bytes(b"no picture")
+    results, skipped = [], []
     for devices, strategy in (("1", "auto"), ("2", "ddp")):
         words = ["--trainer.devices", devices, "--trainer.strategy", strategy, "--model.test.figures", "false"]
         root = ["--trainer.default_root_dir", str(tmp_path / devices)]
+        root += ["--data.evaluate.imagenet.path", str(broken)]
         command = [sys.executable, "-m", "mmtrain", "test", "-c", str(config), *words, *root]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=250)
         assert done.returncode == 0, done.stderr[-2000:]
         results.append(read_run(tmp_path / devices).metrics)
+        skipped.append(read_run(tmp_path / devices).skipped)
     assert results[0].keys() == results[1].keys() and len(results[0]) > 20
     assert results[1] == pytest.approx(results[0], abs=1e-6)
+    assert skipped == [{"imagenet": {"undecodable_image": 1}}] * 2
 
 
 def test_a_figure_that_cannot_be_drawn_costs_no_result(folder, undisturbed, tmp_path, monkeypatch) -> None:
