@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 def write_report(contents: Contents, folder: Path) -> None:
     """Write `report.html`, `report.md` and `images/*.png`, each printed with its size once it is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{len(contents.runs)} runs of {', '.join(contents.methods)}")
+    print(f"{len(contents.runs)} run{'s' * (len(contents.runs) != 1)} of {', '.join(contents.methods)}")
     across = draw_across(contents, folder)
     html = folder / "report.html"
     html.write_text(page.render(contents, across), encoding="utf-8")
