@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from mmtrain import distributed, reported
+from mmtrain.reporting.across import draw_across
 from mmtrain.reporting.results import Run, group_runs, write_run
 from mmtrain.reporting.tables import ComparedTable, compare, laptop_tables, measured_tables, to_markdown, to_rich
 from mmtrain.reporting.wandb_log import log_results
@@ -34,6 +35,7 @@ class Results(pl.Callback):
             return
         run = collect(trainer, pl_module, self.scale, self.train_data)
         run.skipped = skipped
+        run.figures += draw_across(group_runs([run]), run.folder)
         tables = tables_of(run)
         console = Console()
         for table in tables:

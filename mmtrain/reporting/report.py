@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmtrain.config_errors import UserError
 from mmtrain.reporting import page
+from mmtrain.reporting.across import draw_across
 from mmtrain.reporting.claims import claims_values
 from mmtrain.reporting.contents import LAPTOP_WARNING, Contents, gather, has_ours
 from mmtrain.reporting.images import write_images
@@ -40,7 +40,7 @@ def write_report(contents: Contents, folder: Path) -> None:
     """Write `report.html`, `report.md` and `images/*.png`, each printed with its size once it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{len(contents.runs)} run{'s' * (len(contents.runs) != 1)} of {', '.join(contents.methods)}")
-    across = draw_across(contents, folder)
+    across = [(figure["title"], folder / figure["file"]) for figure in draw_across(contents.groups, folder)]
     html = folder / "report.html"
     html.write_text(page.render(contents, across), encoding="utf-8")
     print(f"{html}  {html.stat().st_size / 1e6:.1f} MB, opens in any browser without network")
@@ -50,18 +50,6 @@ def write_report(contents: Contents, folder: Path) -> None:
     pictures = "".join(f"\n![{title}]({path.relative_to(folder)})\n" for title, path in across)
     text.write_text(as_markdown(contents, [f"images/{path.name}" for path in images]) + pictures, encoding="utf-8")
     print(f"{text}  all tables in markdown")
-
-
-def draw_across(contents: Contents, folder: Path) -> list[tuple[str, Path]]:
-    """Draw the figures that a paper's room makes of several runs, if it has any; returns titles and files."""
-    drawn = []
-    for paper in contents.papers:
-        room = f"mmtrain.{paper.name}.gallery"
-        has_figures = any(g.paper == paper.name and g.scale == "full" for g in contents.groups)
-        if has_figures and importlib.util.find_spec(f"mmtrain.{paper.name}") and importlib.util.find_spec(room):
-            figures = importlib.import_module(room).across_runs(contents.groups, folder)
-            drawn += [(figure["title"], folder / figure["file"]) for figure in figures]
-    return drawn
 
 
 def as_markdown(contents: Contents, images: Sequence[str]) -> str:

@@ -219,7 +219,7 @@ def test_the_verb_leaves_results_tables_and_pictures(config: Path, tmp_path: Pat
         assert (tmp_path / "run" / figure["file"]).stat().st_size > 1000
     kinds = {(figure["file"].removeprefix("figures/"), figure["kind"]) for figure in run.figures}
     assert {("modality_gap_both.png", "figure"), ("answers_imagenet.png", "sample")} <= kinds
-    assert ("activation_maps_both.png", "sample") in kinds
+    assert {("activation_maps_both.png", "sample"), ("data_size.png", "figure")} <= kinds
     text = (tmp_path / "run/results.md").read_text()
     reported = load("rankclip").table("rankclip_table1").value("RankCLIP", "imagenet1k_top1")
     assert f"{reported:.2f}" in text and "evaluation_vit" in text and "## Not there" in text
