@@ -160,7 +160,7 @@ def run_all(todo: Sequence[Job], at_a_time: int) -> None:
     Raises:
         UserError: a job failed; the others are ended, and go on the next time.
     """
-    children = Children(threads=max(1, len(os.sched_getaffinity(0)) // at_a_time))
+    children = Children(threads=max(1, num_cores() // at_a_time))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     left = (TextColumn("left"), TimeRemainingColumn())
     with (
@@ -183,6 +183,11 @@ def run_all(todo: Sequence[Job], at_a_time: int) -> None:
             children.stop()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def num_cores() -> int:
+    """Cores that this process may use; macOS cannot tell those from all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_stages(folder: Path) -> dict[str, dict[str, Any]]:
@@ -306,7 +311,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="few epochs and seeds: tries the machinery, in minutes")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/reproduce_PAPER, or ..._quick")
     parser.add_argument(
-        "--jobs", type=int, default=min(4, len(os.sched_getaffinity(0))),
+        "--jobs", type=int, default=min(4, num_cores()),
         help="runs side by side, which share the cores; default: the number of cores, at most 4",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
