@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
     contents = gather(find_runs(options.runs), options.title)
     try:
         write_report(contents, options.out)
+    except BrokenPipeError:
+        raise  # of our own output, not of a file
     except OSError as error:
         raise UserError(f"--out {options.out}: cannot be written ({error.strerror}: {error.filename})") from error
     return 0
