@@ -6,7 +6,10 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
+from datamodules.evaluation_sets import EvaluationSet, is_labelled
+from datamodules.synthetic import jpeg, picture, write_shard
 from mmtrain.__main__ import main
+from mmtrain.config_layers import load, split_arguments
 from mmtrain.listing import configs_dir
 
 RUNS = sorted(p.stem for p in configs_dir().glob("*.yaml") if not p.read_text().startswith("# Layer:"))
@@ -79,3 +82,14 @@ def test_config_text_names_the_published_form_and_its_command(capsys) -> None:
     assert "PUBLISHED" in (configs_dir() / "rankclip_cc3m.yaml").read_text()
     main(["fit", "-c", "rankclip_cc3m", "--vars.data", "elsewhere", "--print_config"])
     assert "elsewhere/cc3m/cc3m-train-{0000..0575}.tar" in capsys.readouterr().out
+
+
+def test_imagenet_may_be_shards_under_the_root_of_every_config(tmp_path) -> None:
+    """What a config names itself goes before what `test` finds, so it must take the same layouts."""
+    samples = [{"__key__": str(label), "jpg": jpeg(picture(0, 0, 20)), "cls": str(label)} for label in (7, 999)]
+    (tmp_path / "imagenet/val").mkdir(parents=True)
+    write_shard(tmp_path / "imagenet/val/0.tar", samples, stats=False)
+    for name in (run for run in RUNS if not run.endswith("emoji")):
+        layer = load(*split_arguments(["-c", name, "--vars.data", str(tmp_path)]))
+        chosen = EvaluationSet(**layer.data["data"]["init_args"]["evaluate"]["imagenet"])
+        assert chosen.open().labels() == [7, 999] and is_labelled(chosen.open()), name
