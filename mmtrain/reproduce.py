@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmtrain.config_errors import UserError
 from mmtrain.reporting.results import Estimate, Run, estimate, read_run
+from mmtrain.reporting.tables import FRACTIONS
 
 PAPERS = ("rankclip",)
 STAGES = ("fit", "test")
@@ -295,9 +296,8 @@ def table_line(cells: Sequence[str]) -> str:
 
 
 def spread(metric: str, found: dict[str, Any], sign: str = "") -> str:
-    """`12.34 ± 0.56`, in percent unless the metric is a plain number of the geometry."""
-    is_plain = metric.rpartition("/")[2].startswith(("alignment", "uniformity", "modality"))
-    factor, digits = (1, 3) if is_plain else (100, 2)
+    """`12.34 ± 0.56`, in percent if the metric is a fraction."""
+    factor, digits = (100, 2) if FRACTIONS.fullmatch(metric.rpartition("/")[2]) else (1, 3)
     text = f"{factor * found['mean']:{sign}.{digits}f}"
     if found["high"] is None:
         return text

@@ -17,14 +17,14 @@ from mmtrain.rankclip.reproduce import PLAN
 from mmtrain.reporting.results import Run, estimate, write_run
 from mmtrain.reproduce import Claim, Job, Plan, judge, read_stages, run_all, verdict
 
-CLAIM = Claim("better", "Table 1", "test/a/top1", ("Rival",))
+CLAIM = Claim("better", "Table 1", "test/a/zero_shot_top1", ("Rival",))
 GAP = "test/a/modality_gap"
 CONFIGS = {"Own": "own_config", "Rival": "rival_config"}
 SMALL = Plan("paper", "Own", CONFIGS, (), (4, 1), (3, 2), (CLAIM,), (GAP,))
 
 
 def run(method: str, seed: int, top1: float, folder: Path = Path("x")) -> Run:
-    metrics = {"test/a/top1": top1, GAP: 0.5}
+    metrics = {"test/a/zero_shot_top1": top1, GAP: 0.5}
     return Run(folder, "paper", method, folder.name, "laptop", seed=seed, metrics=metrics)
 
 
@@ -95,8 +95,8 @@ def test_all_runs_and_then_nothing_is_done_again(recorder, tmp_path: Path) -> No
     assert first["metrics"][GAP]["Own"]["mean"] == 0.5
     assert json.loads((tmp_path / "reproduce.json").read_text())["command"] == "the command"
     text = (tmp_path / "reproduce.md").read_text()
-    assert "| a/top1 | 31.00 ± 12.71 | 20.50 ± 6.35 |" in text and "quick: a trial" in text
-    assert "| better (Table 1) | a/top1 | Rival | +10.50 ± 6.35 | holds |" in text
+    assert "| a/zero_shot_top1 | 31.00 ± 12.71 | 20.50 ± 6.35 |" in text and "quick: a trial" in text
+    assert "| better (Table 1) | a/zero_shot_top1 | Rival | +10.50 ± 6.35 | holds |" in text
     assert "| a/modality_gap | 0.500 ± 0.000 | 0.500 ± 0.000 |" in text
     recorder.calls.clear()
     assert reproduce.reproduce(SMALL, tmp_path, True, 2, "the command") == first and not recorder.calls
