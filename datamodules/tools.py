@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmtrain.config_errors import UserError
@@ -23,6 +24,23 @@ def main(argv: list[str]) -> int:
     index.add_argument("--rebuild", action="store_true", help="read all shards again, also if an index exists")
     index.add_argument("--out", type=Path, help="folder of the index; default: beside the shards, or the cache")
     index.set_defaults(run=lambda a: index_shards(a.shards, a.workers, a.rebuild, a.out))
+    check = verbs.add_parser("check", help="what is wrong with a store of episodes", description=check_episodes.__doc__)
+    check.add_argument("path", type=Path, help="zarr store, or a folder that holds replay_buffer.zarr")
+    check.set_defaults(run=lambda a: check_episodes(a.path))
+    convert = verbs.add_parser(
+        "convert", help="a store as RDP released it, to ours", description=convert_episodes.__doc__
+    )
+    convert.add_argument("released", type=Path, help="store in the released layout")
+    convert.add_argument("out", type=Path, help="the new store")
+    convert.add_argument("--pca", type=Path, action="append", default=[], help="marker PCA (.npz); one for each sensor")
+    convert.add_argument("--cameras", choices=("bgr", "rgb"), default="bgr", help="order in the RealSense pictures")
+    convert.add_argument("--jpeg", type=int, help="keep pictures as JPEG of this quality, 1..100; default: the pixels")
+    convert.set_defaults(run=lambda a: convert_episodes(a.released, a.out, a.pca, a.cameras == "bgr", a.jpeg))
+    pca = verbs.add_parser("pca", help="fit the PCA of a sensor's marker field", description=fit_marker_pca.__doc__)
+    pca.add_argument("store", type=Path, help="zarr store with marker fields")
+    pca.add_argument("out", type=Path, help="file to write (.npz)")
+    pca.add_argument("--sensor", choices=("gelsight", "mctac"), help="needed if the store has both")
+    pca.set_defaults(run=lambda a: fit_marker_pca(a.store, a.out, a.sensor))
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -56,3 +74,57 @@ def index_shards(shards: list[str], workers: int = 1, rebuild: bool = False, out
     lost = sum(s.lost for s in index.shards)
     console.print(f"{lost:,} samples are known to be missing; {len(faulty)} shards have problems; index: {folder}")
     return 1 if faulty else 0
+
+
+def check_episodes(path: Path) -> int:
+    """Print all that is odd about a store of episodes; pictures are looked at by shape and one sample.
+
+    Returns 0, or 1 if there are errors.
+    """
+    from datamodules.episode_checks import SEVERITIES, check_store
+
+    findings = check_store(path)
+    colours = {"error": "bold red", "warning": "yellow", "note": "dim"}
+    table = Table("severity", "array", "check", "found", title=str(path), title_justify="left")
+    for finding in findings:
+        table.add_row(*map(escape, finding), style=colours[finding.severity])
+    counts = {severity: sum(f.severity == severity for f in findings) for severity in SEVERITIES}
+    console = Console()
+    console.print(table)
+    console.print(", ".join(f"{count} {severity}{'s' * (count != 1)}" for severity, count in counts.items()))
+    return 1 if counts["error"] else 0
+
+
+def convert_episodes(
+    released: Path, out: Path, pca: list[Path], cameras_bgr: bool = True, jpeg_quality: int | None = None
+) -> int:
+    """Write a store of the released layout anew: float64 time, RGB, one frame a chunk, embeddings by the given PCA.
+
+    Stopped, it goes on where it was when it is called again.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from datamodules.released_episodes import convert
+
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("episodes", total=None)
+        show = lambda done, total: progress.update(bar, completed=done, total=total)  # noqa: E731
+        what = convert(released, out, pca, cameras_bgr, jpeg_quality, show)
+    for line in what.lines():
+        console.print(line, markup=False)
+    console.print(f"written: {out}", markup=False)
+    return 0
+
+
+def fit_marker_pca(store: Path, out: Path, sensor: str | None = None) -> int:
+    """Fit 15 principal components of a sensor's marker offsets and save them for `data convert --pca`."""
+    from datamodules.episodes import EpisodeStore
+    from datamodules.released_episodes import fit_pca
+    from mmtrain import marker_pca
+
+    found, matrix, kept = fit_pca(EpisodeStore(store), sensor)
+    marker_pca.save(matrix, out)
+    print(f"{out}: {found}, {len(matrix.mean) // 2} markers, {matrix.components.shape[1]} components keep {kept:.2%}")
+    return 0
