@@ -1,0 +1,79 @@
+"""The verb `export`: write a checkpoint in the layout that its paper released. What is in it decides which."""
+
+import argparse
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mmtrain.config_errors import UserError
+
+DESCRIPTION = """Write a checkpoint in a released layout. What it holds decides which:
+  RankCLIP and other CLIP models   a file that open_clip.create_model loads
+  RDP tokenizer or policy, DP      the layout of the released RDP checkpoints (weights and normalisers)"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"mmtrain export: {message}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of all papers together."""
+    lines = _Parser("mmtrain export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lines.add_argument("checkpoint", metavar="CHECKPOINT", help="for example runs/NAME/checkpoints/last.ckpt")
+    lines.add_argument("out", metavar="OUT", help="file to write")
+    lines.add_argument("--architecture", help="CLIP: open_clip name; else the stored one, else guessed from the shapes")
+    lines.add_argument("--tokenizer", metavar="OUT", help="RDP's latent policy: write its tokenizer too, to this file")
+    return lines
+
+
+def room(checkpoint: str | Path) -> str:
+    """The paper whose code exports a checkpoint: "rdp" for a model of that room, else "rankclip".
+
+    A file that cannot be read here goes to "rankclip", which knows more formats and says what is wrong.
+    """
+    content = _peek(checkpoint)
+    if not isinstance(content, dict):
+        return "rankclip"
+    settings = content.get("settings")
+    stored = settings.get("model.class", "") if isinstance(settings, dict) else ""
+    return "rdp" if stored.startswith("mmtrain.rdp.") or "state_dicts" in content else "rankclip"
+
+
+def _peek(checkpoint: str | Path) -> Any:
+    import torch  # not above, so that a mistake on the command line is answered at once
+
+    if not Path(checkpoint).is_file() or not zipfile.is_zipfile(checkpoint):
+        return None
+    try:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
+        return None
+
+
+def main(argv: list[str]) -> int:
+    """Run `mmtrain export CHECKPOINT OUT [...]`.
+
+    Raises:
+        UserError: a mistake on the command line, or a checkpoint that cannot be exported.
+    """
+    options = parser().parse_args(argv)
+    if room(options.checkpoint) == "rankclip":
+        if options.tokenizer:
+            raise UserError(f"--tokenizer: {options.checkpoint} is no policy of RDP")
+        from mmtrain.rankclip.pretrained import main as export_clip
+
+        named = ["--architecture", options.architecture] if options.architecture else []
+        return export_clip([options.checkpoint, options.out, *named])
+    if options.architecture:
+        raise UserError(f"--architecture: is for CLIP models, {options.checkpoint} is one of RDP")
+    from mmtrain.rdp.pretrained import export
+
+    done = export(options.checkpoint, options.out, options.tokenizer)
+    print(f"wrote         {options.out}" + (f" and {options.tokenizer}" if options.tokenizer else ""))
+    print(f"kind          {done['kind']}")
+    print(f"keys          {done['keys']}")
+    print(f"parameters    {done['parameters']:,}")
+    print(f"source sha256 {done['sha256']}")
+    return 0

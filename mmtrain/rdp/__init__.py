@@ -1,0 +1,1 @@
+"""Reactive Diffusion Policy and the policies that it is compared with."""
