@@ -19,7 +19,7 @@ from mmtrain.config_errors import UserError, clip, nearest
 FOLDER = Path(__file__).parent
 Direction = Literal["higher", "lower", "none"]
 Status = Literal["exact", "digitised", "missing", "qualitative", "partial"]
-UNITS = ("percent", "cosine", "log", "projection", "none")
+UNITS = ("percent", "cosine", "log", "projection", "score", "ratio", "count", "Hz", "ms", "us", "text", "none")
 METRIC = re.compile(r"test/[a-z0-9_]+/[a-z0-9_]+")
 
 
@@ -29,7 +29,8 @@ class Column:
 
     Args:
         name: unique in the table.
-        unit: "percent" (of 100), "cosine", "log", "projection" (a coordinate in a plot), or "none".
+        unit: "percent" (of 100), "cosine", "log", "projection" (a coordinate in a plot), "score",
+            "ratio", "count", "Hz", "ms", "us", "text" (words, and numbers printed as bounds: "<1"), or "none".
         direction: which way is better; "none" if neither, or if the paper does not say.
         metric: our key beside it, None if we measure no such thing. No two columns of a table share one.
         comparable: whether both count alike. False if they differ, or if the paper's way is not known.
@@ -56,7 +57,8 @@ class ReportedTable:
             the figure exists but its numbers were not found; "partial" fragments; "qualitative" no numbers.
         setting: what all rows share, e.g. train_data and backbone. inferred: those of its keys that are not printed.
         columns: empty for a qualitative table.
-        rows: values in the order of the columns, None where the paper has none; words if qualitative.
+        rows: values in the order of the columns, None where the paper has none; words if qualitative, and in columns
+            whose unit is "text".
         row_settings: what a row's name says: its `method` if that is not the name itself, and settings of its own.
         notes: what a reader must know before comparing.
     """
@@ -70,12 +72,12 @@ class ReportedTable:
     inferred: list[str]
     error: float | None
     columns: list[Column]
-    rows: dict[str, list[float | None]] | dict[str, list[str]]
+    rows: dict[str, list[float | str | None]] | dict[str, list[str]]
     notes: list[str]
     row_settings: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def value(self, row: str, column: str) -> float | None:
-        """The reported value in the column's unit.
+    def value(self, row: str, column: str) -> float | str | None:
+        """The reported value in the column's unit; words, if there are any, only where that is "text".
 
         Raises:
             KeyError: no such row or column.
@@ -271,8 +273,10 @@ def _check_row(where: str, table: ReportedTable, values: Any) -> None:
         raise UserError(f"{where}: {clip(values)}, expected only null, as the status is missing")
     for column, value in zip(table.columns, values, strict=True):
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not is_number:
-            raise UserError(f"{where}: {column.name} is {clip(value)}, expected a number or null")
+        is_words = column.unit == "text" and isinstance(value, str)
+        if value is not None and not is_number and not is_words:
+            hint = ", or words if its unit were text" * isinstance(value, str)
+            raise UserError(f"{where}: {column.name} is {clip(value)}, expected a number or null{hint}")
         if value is not None and column.unit == "percent" and not 0 <= value <= 100:
             raise UserError(f"{where}: {column.name} is {value}, expected a percentage in [0, 100]")
 

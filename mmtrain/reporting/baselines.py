@@ -37,7 +37,7 @@ class Baseline:
 
 
 def baselines(paper: Paper) -> list[Baseline]:
-    """A baseline for each row that has a number; null cells and rows of words are left out."""
+    """A baseline for each row that has a number; null cells and words are left out."""
     return [_baseline(paper, table, row) for table in paper.tables for row in table.rows if _metrics(table, row)]
 
 
@@ -70,7 +70,7 @@ def _name(column: Column) -> str:
 
 def _metrics(table: ReportedTable, row: str) -> dict[str, float]:
     cells = zip(table.columns, table.rows[row], strict=False)  # a table of words has no columns
-    return {_name(column): as_logged(value, column.unit) for column, value in cells if value is not None}
+    return {_name(column): as_logged(value, column.unit) for column, value in cells if isinstance(value, int | float)}
 
 
 def log_baselines(

@@ -10,21 +10,24 @@ from rich.console import Console
 
 from mmtrain import distributed, reported
 from mmtrain.reporting.across import draw_across
-from mmtrain.reporting.results import Run, group_runs, write_run
+from mmtrain.reporting.results import Run, group_runs, is_video, write_run
 from mmtrain.reporting.tables import ComparedTable, compare, laptop_tables, measured_tables, to_markdown, to_rich
 from mmtrain.reporting.wandb_log import log_results
 from mmtrain.run_folder import code_version
+
+Scale = Literal["full", "simulation", "laptop"]
 
 
 class Results(pl.Callback):
     """Writes the results of `test` into the run folder and prints them beside the reported ones.
 
     Args:
-        scale: "full", or "laptop" for runs that are never put into a paper's table.
+        scale: "full"; "simulation" for runs that stand under a paper's rows, marked and without any difference; or
+            "laptop" for runs that are never put into a paper's table.
         train_data: name of the training data as the paper writes it, to mark rows that were trained on other data.
     """
 
-    def __init__(self, scale: Literal["full", "laptop"] = "full", train_data: str | None = None) -> None:
+    def __init__(self, scale: Scale = "full", train_data: str | None = None) -> None:
         self.scale, self.train_data = scale, train_data
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -48,9 +51,7 @@ class Results(pl.Callback):
         console.print(f"results are in {written}, results.md and figures/ beside it")
 
 
-def collect(
-    trainer: pl.Trainer, module: pl.LightningModule, scale: Literal["full", "laptop"], train_data: str | None
-) -> Run:
+def collect(trainer: pl.Trainer, module: pl.LightningModule, scale: Scale, train_data: str | None) -> Run:
     """The run that a trainer has just tested."""
     trained = getattr(module, "trained", {})
     data = trainer.datamodule
@@ -106,7 +107,7 @@ def tables_of(run: Run) -> list[ComparedTable]:
 def as_markdown(run: Run, tables: list[ComparedTable]) -> str:
     """The tables of one run, its figures, what was missing, and how things were counted."""
     parts = [f"# {run.label}", *(to_markdown(table) for table in tables)]
-    parts += [f"![{figure['title']}]({figure['file']})" for figure in run.figures]
+    parts += [f"{'' if is_video(figure) else '!'}[{figure['title']}]({figure['file']})" for figure in run.figures]
     for title, entries in (("Not there", run.missing), ("How it was counted", run.protocol)):
         if entries:
             parts.append(f"## {title}\n\n" + "\n".join(f"* {name}: {text}" for name, text in entries.items()))

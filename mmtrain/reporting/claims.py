@@ -54,11 +54,14 @@ def _claim_values(claim: dict[str, Any], own: str) -> dict[str, Any]:
     is_fraction = FRACTIONS.fullmatch(claim["metric"].rpartition("/")[2])
     unit, digits, sign = ("percent", 2, " %") if is_fraction else ("none", 3, "")
     shown = {name: f"{as_reported(claim[name], unit):.{digits}f}{sign}" for name in ("ours", "theirs")}
+    own = claim.get("own", own)
     mean, low, high = (claim["difference"].get(key) for key in ("mean", "low", "high"))
     interval = ""
     if low is not None and high is not None:
         low, high = (f"{as_reported(bound, unit):+.{digits}f}" for bound in (low, high))
         interval = f"{low} to {high}, {claim['difference'].get('n', '?')} seeds"
+    if episodes := claim.get("episodes"):
+        interval += f"{'; ' * bool(interval)}by all episodes: {episodes['pooled']['verdict']}"
     return shown | {
         "claim": claim["claim"],
         "source": claim.get("source", ""),

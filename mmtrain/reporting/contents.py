@@ -14,12 +14,13 @@ from mmtrain.reporting.curves import Curve, read_curves
 from mmtrain.reporting.results import Run, RunGroup, group_runs
 from mmtrain.reporting.tables import ComparedTable, compare, laptop_tables, measured_tables
 
+SCALE_ORDER = ("full", "simulation", "laptop")
 LAPTOP_WARNING = "Laptop scale, never comparable with the paper's rows: other data, other networks, short training."
 
 
 @dataclass(frozen=True)
 class PaperTables:
-    """A paper's tables with our rows, in the paper's order, and tables of all that our full-scale runs measured.
+    """A paper's tables with our rows, in the paper's order, and tables of all that our runs measured, but laptop scale.
 
     `errors` has the reading error of each digitised table by its id, in the unit of its columns.
     """
@@ -89,9 +90,9 @@ def has_ours(table: ComparedTable) -> bool:
 
 def groups_of_rows(table: ComparedTable, groups: Sequence[RunGroup]) -> list[RunGroup]:
     """The groups behind the rows of ours, in their order: those of the paper and the scale that have a metric of it."""
-    scale = "laptop" if is_laptop(table) else "full"
+    scales = (table.id.partition("_")[0],) if table.status == "measured" else ("full", "simulation")
     metrics = {column.metric for column in table.columns}
-    candidates = [group for group in groups if (group.paper, group.scale) == (table.paper, scale)]
+    candidates = [group for group in groups if group.paper == table.paper and group.scale in scales]
     return [group for group in candidates if metrics & group.metrics.keys()]
 
 
@@ -104,13 +105,18 @@ def seed_name(run: Run) -> str:
     return "none" if run.seed is None else str(run.seed)
 
 
+def scale_name(run: Run) -> str:
+    """`full scale`, `laptop scale` or `simulation`."""
+    return run.scale if run.scale == "simulation" else f"{run.scale} scale"
+
+
 def setting_name(run: Run) -> str:
     """What runs must share to be drawn in one chart, in words: `laptop scale: rn_small, emoji`."""
-    return f"{run.scale} scale: {', '.join(map(str, run.setting.values())) or run.run}"
+    return f"{scale_name(run)}: {', '.join(map(str, run.setting.values())) or run.run}"
 
 
 def _in_order(runs: Sequence[Run]) -> list[Run]:
-    """Full scale first, then by method, the paper's own before its rivals in the paper's order, then by seed."""
+    """Full scale, then simulation, then laptop; in them by method, the paper's own first, then by seed."""
     methods: list[str] = []
     for name in dict.fromkeys(run.paper for run in runs):
         if name in reported.papers():
@@ -118,7 +124,7 @@ def _in_order(runs: Sequence[Run]) -> list[Run]:
             methods += [paper.own_method, *(table.method(row) for table in paper.tables for row in table.rows)]
     methods += [run.method for run in runs]
     return sorted(
-        runs, key=lambda run: (run.scale != "full", methods.index(run.method), run.seed is None, run.seed or 0)
+        runs, key=lambda run: (SCALE_ORDER.index(run.scale), methods.index(run.method), run.seed is None, run.seed or 0)
     )
 
 

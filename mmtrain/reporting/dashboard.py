@@ -30,7 +30,8 @@ CURVES = {  # title: metric, or a pattern of metrics
 WARNING = (
     f"Charts are in our scale: fractions where the paper prints percent. {DAGGER} marks what is not comparable, as the "
     "protocols differ or the paper's is not known. The name of a reported bar says which table it is from; its run "
-    "holds setting, source, status and protocol. Our runs of laptop scale are left out."
+    "holds setting, source, status and protocol. Bars called (simulation) were measured in one, the reported ones "
+    "beside them on a real robot: only orderings can be compared. Our runs of laptop scale are left out."
 )
 
 
@@ -154,7 +155,9 @@ def report(paper: Paper, entity: str, project: str) -> Any:
 def compared(table: ReportedTable) -> list[reported.Column]:
     """The columns that have a metric of ours and a reported value."""
     cells = {column: [table.value(row, column.name) for row in table.rows] for column in table.columns}
-    return [column for column, values in cells.items() if column.metric and any(v is not None for v in values)]
+    return [
+        column for column, values in cells.items() if column.metric and any(isinstance(v, int | float) for v in values)
+    ]
 
 
 def charts(table: ReportedTable) -> list[Any]:
@@ -193,7 +196,7 @@ def curves() -> list[Any]:
 def media() -> list[Any]:
     """Figures and sample pictures that `test` logs."""
     _, wr = extra()
-    return [wr.MediaBrowser(title=key.capitalize(), media_keys=[key]) for key in ("figures", "samples")]
+    return [wr.MediaBrowser(title=key.capitalize(), media_keys=[key]) for key in ("figures", "samples", "videos")]
 
 
 def markdown(table: ReportedTable) -> str:
@@ -208,8 +211,8 @@ def _rows(table: ReportedTable) -> Any:
 
 
 def _ours(paper: Paper) -> Any:
-    """Our tested runs of this paper, of full scale only."""
-    filters = f"Metric('JobType') != 'baseline' and Tags() in ['full'] and Tags() in ['{paper.name}']"
+    """Our tested runs of this paper, of full scale or in simulation."""
+    filters = f"Metric('JobType') != 'baseline' and Tags() in ['full', 'simulation'] and Tags() in ['{paper.name}']"
     return extra()[1].Runset(name="ours", filters=filters, groupby=["JobType", "config.row"])
 
 

@@ -109,7 +109,7 @@ def _file_names(names: Sequence[str]) -> list[str]:
 
 
 def _row_name(row: Row) -> str:
-    kind = {"ours": " (ours)", "reported": "", "chance": ""}[row.kind]
+    kind = f" ({row.shown_kind})" if row.kind == "ours" else ""
     return row.name + kind + ("†" if row.marks else "")
 
 

@@ -65,6 +65,7 @@
     const half = count > 1 ? (data.quantiles[count] * spread) / Math.sqrt(count) : null;
     cell.replaceChildren(element("b", {}, mean.toFixed(digits)));
     if (half !== null) cell.append(" ", element("span", { class: "interval" }, `± ${half.toFixed(digits)}`));
+    if (cell.dataset.interval) cell.append(" ", element("span", { class: "interval" }, cell.dataset.interval));
     if (cell.dataset.reported !== undefined && !cell.matches(".nocompare")) {
       cell.append(" ", difference(mean - Number(cell.dataset.reported), half, digits, direction, error, row));
     }

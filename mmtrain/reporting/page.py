@@ -14,11 +14,11 @@ from scipy.special import stdtrit
 from mmtrain.config_errors import UserError
 from mmtrain.reporting import palette
 from mmtrain.reporting.claims import claims_values
-from mmtrain.reporting.contents import LAPTOP_WARNING, Chart, Contents, PaperTables, has_ours, seed_name
+from mmtrain.reporting.contents import LAPTOP_WARNING, Chart, Contents, PaperTables, has_ours, scale_name, seed_name
 from mmtrain.reporting.curves import MOST_POINTS, thin
 from mmtrain.reporting.page_tables import table_values
 from mmtrain.reporting.pictures import embed
-from mmtrain.reporting.results import Run
+from mmtrain.reporting.results import Run, is_video
 
 PAGE_LIMIT = 5_000_000  # bytes; pictures get what the rest of the page leaves of it
 ROOM_ACROSS = 500_000  # bytes of the figures across runs
@@ -73,8 +73,8 @@ def _values(contents: Contents) -> dict[str, Any]:
 
 
 def _summary(contents: Contents) -> str:
-    scales = Counter(run.scale for run in contents.runs)
-    counts = [f"{number} {scale} scale" for scale, number in scales.items()]
+    scales = Counter(scale_name(run) for run in contents.runs)
+    counts = [f"{number} {scale}" for scale, number in scales.items()]
     num_methods = len(contents.methods)
     runs = f"{len(contents.runs)} run{'s' * (len(contents.runs) != 1)}"
     return f"{runs} ({', '.join(counts)}) of {num_methods} method{'s' * (num_methods != 1)}"
@@ -119,6 +119,7 @@ def _paper_values(paper: PaperTables, contents: Contents) -> dict[str, Any]:
         "title": paper.title,
         "citation": paper.citation,
         "has_ours": paper.has_ours,
+        "has_simulated": any(row.is_simulated for table in tables for row in table.rows),
         "tables": [table_values(table, contents, paper.errors.get(table.id, 0)) for table in tables + paper.measured],
     }
 
@@ -182,6 +183,7 @@ def _missing(runs: Sequence[Run]) -> list[dict[str, str]]:
 def _figures(contents: Contents, room: int) -> dict[str, Any]:
     """Pictures of one title side by side; those of the first seeds are taken first if the room does not suffice."""
     wanted = [(place, figure) for place, run in enumerate(contents.runs) for figure in run.figures]
+    wanted = [(place, figure) for place, figure in wanted if not is_video(figure)]  # links to files, in results.md
     wanted.sort(key=lambda pair: _seeds(contents.runs).index(seed_name(contents.runs[pair[0]])))
     files = [contents.runs[place].folder / figure["file"] for place, figure in wanted]
     addresses = embed(files, room - PICTURE_MARKUP * len(files))

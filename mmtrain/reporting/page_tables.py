@@ -34,7 +34,7 @@ def table_values(table: ComparedTable, contents: Contents, error: float = 0.0) -
         "status": table.status,
         "error": error,
         "is_laptop": is_laptop(table),
-        "is_open": has_ours(table) and not table.id.startswith("full_"),
+        "is_open": has_ours(table) and not table.id.startswith(("full_", "simulation_")),
         "is_words": is_words,
         "heads": _heads(columns),
         "rows": rows,
@@ -93,7 +93,7 @@ def _row_values(table: ComparedTable, row: Row, group: RunGroup | None, contents
     if group:
         detail = f"{len(group.runs)} seed{'s' * (len(group.runs) != 1)}"
     if group and table.status != "measured":
-        detail = " · ".join(["ours", detail, ", ".join(map(str, group.setting.values()))])
+        detail = " · ".join([row.shown_kind, detail, ", ".join(map(str, group.setting.values()))])
     cells = zip(row.cells, table.columns, strict=True)
     return {
         "name": row.name.removesuffix(f", {len(group.runs)} seeds") if group else row.name,
@@ -114,13 +114,14 @@ def _cell_values(cell: Cell, column: TableColumn, table: ComparedTable, group: R
     if group is None or cell.value is None:
         return values
     digits = len(cell.text.split()[0].partition(".")[2])
-    half = None if cell.high is None else cell.high - cell.value
+    half = None if cell.high is None or cell.own_interval else cell.high - cell.value
     measured = [(seed_name(run), run.metrics.get(column.metric, math.nan)) for run in group.runs]
     return values | {
         "seeds": [(seed, as_reported(value, column.unit)) for seed, value in measured if math.isfinite(value)],
         "digits": digits,
         "mean": f"{cell.value:.{digits}f}",
         "half": None if half is None else f"{half:.{digits}f}",
+        "own_interval": cell.own_interval,
         "difference": None if cell.difference is None else signed(cell.difference, digits),
         "verdict": _verdict(cell, half),
     }

@@ -11,7 +11,7 @@ from mmtrain.config_errors import UserError
 from mmtrain.reporting import page
 from mmtrain.reporting.across import draw_across
 from mmtrain.reporting.claims import claims_values
-from mmtrain.reporting.contents import LAPTOP_WARNING, Contents, gather, has_ours
+from mmtrain.reporting.contents import LAPTOP_WARNING, Contents, gather, has_ours, scale_name
 from mmtrain.reporting.images import write_images
 from mmtrain.reporting.results import find_runs
 from mmtrain.reporting.tables import to_markdown
@@ -70,7 +70,7 @@ def as_markdown(contents: Contents, images: Sequence[str]) -> str:
         curves = images[len(images) - len(contents.charts) :]
         parts += ["## Training curves"]
         parts += [f"![{chart.metric}]({path})" for chart, path in zip(contents.charts, curves, strict=True)]
-    parts += ["## Runs", "\n".join(f"- {run.label} ({run.scale} scale): `{run.folder}`" for run in contents.runs)]
+    parts += ["## Runs", "\n".join(f"- {run.label} ({scale_name(run)}): `{run.folder}`" for run in contents.runs)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

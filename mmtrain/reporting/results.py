@@ -19,7 +19,7 @@ from mmtrain.config_errors import UserError, clip
 
 FORMAT = 1
 FILE = "results.json"
-SCALES = ("laptop", "full")
+SCALES = ("laptop", "full", "simulation")
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Run:
         paper: name of the paper whose tables the run belongs to, e.g. "rankclip".
         method: the row's name, as the paper spells it.
         run: name of the run.
-        scale: "full", or "laptop" for runs that may never stand in a paper's table.
+        scale: "full"; "simulation", which may stand under the rows of a real robot, but is never compared with them; or
+            "laptop" for runs that may never stand in a paper's table.
         verb: what was run, "test" for example.
         seed: of the training, None if unknown.
         step, epoch: where in the training the checkpoint was written; 0 if unknown.
@@ -42,7 +43,7 @@ class Run:
         missing: sets that were not there, and the layout in which they are looked for.
         protocol: how a number was measured, by data set.
         data_counts: samples by set and kind. code: versions by package.
-        figures: `{"file": path in the folder, "title": ..., "kind": "figure" or "sample"}`.
+        figures: `{"file": path in the folder, "title": ..., "kind": "figure", "sample" or "video"}`.
     """
 
     folder: Path
@@ -73,13 +74,18 @@ class Run:
         return f"{self.method} {self.run}{seed}, step {self.step}"
 
 
+def is_video(figure: dict[str, str]) -> bool:
+    """Whether one of `Run.figures` is a video, which a picture's place cannot show."""
+    return figure.get("kind") == "video"
+
+
 def write_run(run: Run) -> Path:
     """Write `results.json` into the run's folder, which is made if needed; an older one is replaced in one move.
 
     NaN and infinities become null, as JSON has neither.
 
     Raises:
-        UserError: the scale is neither "laptop" nor "full", or the file cannot be written; an older one then stays.
+        UserError: the scale is none of `SCALES`, or the file cannot be written; an older one then stays.
     """
     _check_scale(run.scale, run.folder)
     content = {"format": FORMAT} | {key: value for key, value in asdict(run).items() if key != "folder"}

@@ -9,11 +9,15 @@ from typing import Any
 import wandb
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mmtrain.reporting.results import Run
+from mmtrain.reporting.results import Run, is_video
 from mmtrain.reporting.tables import ComparedTable
 
 TABLES = "tables"  # tables are logged as tables/<id>
-PICTURES = {"figure": "figures", "sample": "samples"}  # kind of a picture: the key it is logged under
+PICTURES = {
+    "figure": "figures",
+    "sample": "samples",
+    "video": "videos",
+}  # kind of a picture: the key it is logged under
 ABOUT = ("paper", "method", "scale", "seed", "setting", "checkpoint", "protocol", "missing", "evaluated", "skipped")
 
 
@@ -61,16 +65,16 @@ def about(run: Run, config: Any) -> dict[str, Any]:
 
 def row_name(run: Run) -> str:
     """How the run's bar is called in charts: method and setting, e.g. `RankCLIP ViT-B-32 CC3M`."""
-    scale = " (laptop scale)" if run.scale == "laptop" else ""
+    scale = {"laptop": " (laptop scale)", "simulation": " (simulation)"}.get(run.scale, "")
     return " ".join([run.method, *run.setting.values()]) + scale
 
 
 def as_table(table: ComparedTable) -> wandb.Table:
     """The rows as numbers, so that W&B can sort them; a column of differences after each column that has any."""
-    columns, values = ["row", "kind"], [[row.name, row.kind] for row in table.rows]
+    columns, values = ["row", "kind"], [[row.name, row.shown_kind] for row in table.rows]
     for index, column in enumerate(table.columns):
         cells = [row.cells[index] for row in table.rows]
-        has_words = table.status == "qualitative"
+        has_words = table.status == "qualitative" or column.unit == "text"
         parts = {column.header: [cell.text if has_words else cell.value for cell in cells]}
         if any(cell.difference is not None for cell in cells):
             parts[f"{column.header} difference"] = [cell.difference for cell in cells]
@@ -81,12 +85,13 @@ def as_table(table: ComparedTable) -> wandb.Table:
     return wandb.Table([*columns, "marks"], [[*row, mark] for row, mark in zip(values, marks, strict=True)])
 
 
-def pictures(run: Run) -> dict[str, list[wandb.Image]]:
-    """The run's pictures by key, each with its title; a file that is gone is left out."""
-    found: dict[str, list[wandb.Image]] = {}
+def pictures(run: Run) -> dict[str, list[wandb.Image | wandb.Video]]:
+    """The run's pictures and videos by key, each with its title; a file that is gone is left out."""
+    found: dict[str, list[wandb.Image | wandb.Video]] = {}
     for figure in run.figures:
         path = run.folder / figure["file"]
         if path.is_file():
-            image = wandb.Image(str(path), caption=figure.get("title"))
+            kind = wandb.Video if is_video(figure) else wandb.Image
+            image = kind(str(path), caption=figure.get("title"))
             found.setdefault(PICTURES.get(figure.get("kind"), "figures"), []).append(image)
     return found

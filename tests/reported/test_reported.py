@@ -1,4 +1,4 @@
-"""The reported numbers against an independent copy (printed.txt) and each other; the loader against bad files."""
+"""The reported numbers against independent copies (printed*.txt) and each other; the loader against bad files."""
 
 import re
 import subprocess
@@ -15,59 +15,69 @@ from mmtrain.reported import as_logged, as_reported, load, papers, read
 from mmtrain.reporting.tables import compare
 
 COPY = Path(__file__).with_name("printed.txt")
+COPIES = {"rankclip": COPY, "rdp": COPY.with_name("printed_rdp.txt")}
 PAPER = load("rankclip")
 COLUMNS = [(table, column) for table in PAPER.tables for column in table.columns]
 Cell = tuple[str, str, str, str]
 
 
-def blocks() -> dict[str, list[str]]:
-    """Lines of the copy by table: [status, units, error], rows, columns."""
-    text = re.sub(r"^#.*\n", "", COPY.read_text(), flags=re.MULTILINE)
+def blocks(copy: Path = COPY) -> dict[str, list[str]]:
+    """Lines of a copy by table: [status, units, error], rows, columns."""
+    text = re.sub(r"^#.*\n", "", copy.read_text(), flags=re.MULTILINE)
     parts = [block.split("\n") for block in text.strip().split("\n\n")]
     return {lines[0].partition(":")[0]: [lines[0].partition(":")[2], *lines[1:]] for lines in parts}
 
 
-def printed_cells() -> set[Cell]:
-    """(table, row, column, digits as printed) of the copy."""
+def units_of(head: str, num_columns: int) -> list[str]:
+    """Units of all columns, of a table's first line."""
+    units = [unit for part in head.split()[1:2] for unit in part.split(",")]
+    return (units * num_columns)[:num_columns]
+
+
+def printed_cells(copy: Path = COPY) -> set[Cell]:
+    """(table, row, column, digits as printed) of a copy."""
     cells = set()
-    for table, (_, rows, *columns) in blocks().items():
-        for name, values in (line.strip().split("  ") for line in columns):
-            words = values.split(" | ") if name == "words" else values.split()
+    for table, (head, rows, *columns) in blocks(copy).items():
+        units = units_of(head, len(columns)) or ["text"]
+        for unit, (name, values) in zip(units, (line.strip().split("  ") for line in columns), strict=True):
+            words = values.split(" | ") if unit == "text" else values.split()
             cells |= {(table, row, name, value) for row, value in zip(rows.split(" | "), words, strict=True)}
     return cells
 
 
 def as_numbers(cells: set[Cell]) -> set[tuple]:
-    return {(*cell[:3], cell[3] if cell[2] == "words" or cell[3] == "?" else float(cell[3])) for cell in cells}
+    return {(*cell[:3], float(cell[3]) if re.fullmatch(r"-?\d+(\.\d+)?", cell[3]) else cell[3]) for cell in cells}
 
 
-def our_cells() -> set[tuple]:
+def our_cells(paper: reported.Paper) -> set[tuple]:
     cells = set()
-    for table in PAPER.tables:
+    for table in paper.tables:
         for row, values in table.rows.items():
             if table.columns:
                 pairs = [(column.name, table.value(row, column.name)) for column in table.columns]
             else:
                 pairs = [("words", " ".join(values))]
-            cells |= {(table.id, row, name, "?" if value is None else value) for name, value in pairs}
-    return cells
+            cells |= {(table.id, row, name, "?" if value is None else str(value)) for name, value in pairs}
+    return as_numbers(cells)
 
 
-def test_every_cell_equals_the_independent_copy_and_none_is_missing_on_either_side():
-    copy, ours = as_numbers(printed_cells()), our_cells()
+@pytest.mark.parametrize(("name", "num_cells"), [("rankclip", 486), ("rdp", 141)])
+def test_every_cell_equals_the_independent_copy_and_none_is_missing_on_either_side(name, num_cells):
+    copy, ours = as_numbers(printed_cells(COPIES[name])), our_cells(load(name))
     assert ours - copy == set()
     assert copy - ours == set()
-    assert len(ours) == 486
+    assert len(ours) == num_cells
 
 
-def test_status_unit_and_reading_error_equal_the_independent_copy():
-    assert [table.id for table in PAPER.tables] == list(blocks())
-    for table in PAPER.tables:
-        status, *rest = blocks()[table.id][0].split()
-        units = rest[0].split(",") if rest else []
-        assert table.status == status, table.id
-        assert [column.unit for column in table.columns] == (units * len(table.columns))[: len(table.columns)], table.id
-        assert table.error == (float(rest[1]) if rest[1:] else None), table.id
+@pytest.mark.parametrize("name", ["rankclip", "rdp"])
+def test_status_unit_and_reading_error_equal_the_independent_copy(name):
+    tables, copy = load(name).tables, blocks(COPIES[name])
+    assert [table.id for table in tables] == list(copy)
+    for table in tables:
+        head = copy[table.id][0]
+        assert table.status == head.split()[0], table.id
+        assert [column.unit for column in table.columns] == units_of(head, len(table.columns)), table.id
+        assert table.error == (float(head.split()[2]) if head.split()[2:] else None), table.id
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
@@ -191,7 +201,7 @@ def test_units_convert_both_ways():
 
 
 def test_unknown_papers_and_tables_are_refused_with_the_nearest_name():
-    assert papers() == ["rankclip"]
+    assert papers() == ["rankclip", "rdp"]
     with pytest.raises(UserError, match=r"did you mean rankclip\?"):
         load("rankclipp")
     with pytest.raises(UserError, match=r"did you mean rankclip_table3\?"):

@@ -155,7 +155,7 @@ def check_workspace(spec: dict[str, Any]) -> None:
     text = sections[titles[0]][0]
     assert text[0] == "Markdown Panel" and "| RankCLIP | reported | 10.16 |" in text[1]
     assert "Scatter Plot" in [kind for kind, _ in sections[titles[1]]]
-    assert sections["Pictures"] == [("Media Browser", ["figures"]), ("Media Browser", ["samples"])]
+    assert sections["Pictures"] == [("Media Browser", [key]) for key in ("figures", "samples", "videos")]
 
 
 def check_report(spec: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ def check_report(spec: dict[str, Any]) -> None:
         assert filters_of(rows) == [("tags", "IN", [table])]
         assert filters_of(ours) == [
             ("jobType", "!=", "baseline"),
-            ("tags", "IN", ["full"]),
+            ("tags", "IN", ["full", "simulation"]),
             ("tags", "IN", ["rankclip"]),
         ]
         assert grouping_of(rows) == grouping_of(ours) == BY_ROW

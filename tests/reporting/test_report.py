@@ -191,3 +191,31 @@ def test_mistakes_are_told(tmp_path) -> None:
     (tmp_path / "reproduce.json").write_text('{"claims": [{"claim": "x"}]}')
     with pytest.raises(UserError, match=r"reproduce\.json: cannot be read as claims .*'metric'"):
         main([str(folder), "--out", str(Path(tmp_path) / "out")])
+
+
+def write_simulated_run(folder: Path, method: str, seed: int, score: float) -> None:
+    metrics = {f"test/wipe/{cell}": score for cell in ("no_perturb", "perturb_after_contact", "all")}
+    bounds = {f"{key}{end}": score + by for key in metrics for end, by in (("_low", -0.06), ("_high", 0.03))}
+    run = Run(folder, "rdp", method, folder.name, "simulation", seed=seed, step=3000, metrics=metrics | bounds)
+    run.setting = {"backbone": "UNet 32-64-128", "train_data": "simulation"}
+    run.figures = [{"file": "figures/rollout.mp4", "title": "Rollout", "kind": "video"}]
+    write_run(run)
+
+
+def test_simulated_runs_stand_under_the_robot_s_rows_without_differences(tmp_path) -> None:
+    write_simulated_run(tmp_path / "rdp", "RDP (Force)", 0, 0.95)
+    for seed in (0, 1):
+        write_simulated_run(tmp_path / f"dp{seed}", "DP", seed, 0.4 + 0.1 * seed)
+    contents = gather(find_runs([tmp_path]), "Simulation")
+    html = page.render(contents)
+    paper, shown = section(html, "paper-1"), Elements(section(html, "paper-1")).text
+    assert "0.95 [0.89, 0.98]" in shown and 'data-interval="[0.89, 0.98]"' in paper and "0.45 ± 0.64" in shown
+    assert "the reported numbers are from the real robot" in shown and "data-reported" not in paper
+    assert "more pictures" not in html and "3 runs (3 simulation) of 2 methods" in html
+    text = as_markdown(contents, [])
+    assert re.search(
+        r"\| RDP \(Force\) \| reported \| 0\.95 .*\n(.*\n)*\| RDP \(Force\) † \| simulation \| 0\.95 \[", text
+    )
+    table = next(table for table in contents.papers[0].tables if has_ours(table))
+    texts = [drawn.get_text() for drawn in table_figure(table).axes[0].texts]
+    assert "RDP (Force) (simulation)†" in texts and "0.95 [0.89, 0.98]" in texts

@@ -1,5 +1,6 @@
 """Reported and measured rows side by side: who enters, differences and when they are judged, marks, texts."""
 
+import dataclasses
 import io
 import math
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mmtrain.reported import Column, ReportedTable, load
+from mmtrain.reported import Column, ReportedTable, load, papers
 from mmtrain.reporting.results import Run, RunGroup, estimate, group_runs
 from mmtrain.reporting.tables import ComparedTable, Row, compare, laptop_tables, measured_tables, to_markdown, to_rich
 
@@ -274,3 +275,57 @@ def test_rows_of_one_method_are_told_apart_by_setting_then_by_run():
         "RankCLIP r, seed 0, step 0",
         "RankCLIP r, seed 0, step 9",
     ]
+
+
+SIMULATED = {"scale": "simulation", "setting": {"backbone": "UNet 32-64-128", "train_data": "simulation"}}
+SCORE, CLAMP = "test/lift/soft_score", "test/lift/soft_clamp"
+BOUNDED = {SCORE: 0.95, f"{SCORE}_low": 0.892, f"{SCORE}_high": 0.981, CLAMP: 0.9, "test/lift/slow_p50_ms": 12.34}
+ROBOT = dataclasses.replace(
+    TOY,
+    setting={},
+    inferred=[],
+    columns=[
+        Column("soft_score", "score", "higher", SCORE, True),  # even where someone should call it comparable
+        Column("soft_clamp", "percent", "higher", CLAMP),
+        Column("time", "text", "lower", "test/lift/slow_p50_ms"),
+    ],
+    rows={"DP": [0.1, 20, "<1"], "RankCLIP": [0.8, 100, None]},
+)
+
+
+def test_a_simulated_row_stands_under_the_robot_s_marked_and_without_any_difference():
+    table = compare(ROBOT, groups_of(make(metrics=BOUNDED, **SIMULATED)))
+    assert [row.kind for row in table.rows] == ["reported", "reported", "ours"]
+    (row,) = ours(table)
+    assert [cell.text for cell in row.cells] == ["0.95 [0.89, 0.98]", "90.0", "12.340"]
+    assert (row.cells[0].low, row.cells[0].high) == (0.892, 0.981)
+    assert all((cell.reported, cell.difference, cell.better) == (None, None, None) for cell in row.cells)
+    text = to_markdown(table)
+    assert "| DP | reported | 0.1 | 20 | <1 |" in text
+    assert "| RankCLIP † | simulation | 0.95 [0.89, 0.98] | 90.0 | 12.340 |" in text
+    assert "- † RankCLIP (simulation): simulation, measured; the reported numbers are from the real robot" in text
+    assert "In brackets: 95 % interval over the episodes of one run." in text
+
+
+def test_several_simulated_seeds_have_the_interval_over_seeds():
+    runs = [make(metrics=BOUNDED | {SCORE: value}, seed=seed, **SIMULATED) for seed, value in enumerate((0.9, 0.92))]
+    (row,) = ours(compare(ROBOT, groups_of(*runs)))
+    assert row.cells[0].text == "0.91 ± 0.13" and row.name == "RankCLIP, 2 seeds"
+
+
+@pytest.mark.parametrize("table", [t for name in papers() for t in load(name).tables], ids=lambda table: table.id)
+def test_no_table_of_any_paper_compares_with_a_simulation_or_takes_a_laptop_run(table):
+    metrics = {column.metric: 0.5 for column in table.columns if column.metric}
+    groups = groups_of(*(make(metrics=metrics, scale=s, paper=table.paper) for s in ("simulation", "laptop")))
+    rows = ours(compare(table, groups))
+    assert len(rows) == bool(metrics) and all(row.is_simulated and len(row.marks) == 1 for row in rows)
+    assert not any(cell.reported or cell.difference or cell.better for row in rows for cell in row.cells)
+
+
+def test_simulated_runs_have_tables_of_all_that_was_measured_with_bounds_in_their_cells():
+    (table,) = measured_tables(groups_of(make(metrics=BOUNDED, **SIMULATED)))
+    assert (table.id, table.title) == ("simulation_lift", "lift: all that was measured in simulation")
+    assert [(c.name, c.unit) for c in table.columns] == [
+        ("soft_score", "none"), ("soft_clamp", "percent"), ("slow_p50", "ms")
+    ]  # fmt: skip
+    assert [cell.text for cell in table.rows[0].cells] == ["0.950 [0.892, 0.981]", "90.0", "12.3"]

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 from PIL import Image
 
 from mmtrain import reported
+from mmtrain.rdp.figures import write_video
 from mmtrain.reporting.results import Run, group_runs, read_run, write_run
 from mmtrain.reporting.tables import ComparedTable, compare, laptop_tables
 from mmtrain.reporting.wandb_log import log_results
@@ -114,3 +116,21 @@ def test_laptop_scale_is_named_so_that_no_chart_mixes_it_with_the_paper(experime
     assert found["summary"]["test/unseen_concepts/zero_shot_top1"] == run.metrics["test/unseen_concepts/zero_shot_top1"]
     tables = {key for row in found["history"] for key in row if key.startswith("tables/")}
     assert "tables/laptop_unseen_concepts/path" in tables and not any("rankclip" in key for key in tables)
+
+
+def test_simulation_is_named_and_its_videos_are_logged(experiment, tmp_path) -> None:
+    folder = tmp_path / "run"
+    write_video(folder / "figures" / "rollout.mp4", np.full((8, 32, 32, 3), 90, np.uint8), 24)
+    run = Run(folder, "rdp", "DP", "dp_wipe_sim", "simulation", step=7, metrics={"test/wipe/all": 0.5})
+    run.setting = {"backbone": "UNet 32-64-128"}
+    run.figures = [{"file": "figures/rollout.mp4", "title": "Rollout", "kind": "video"}]
+    table = compare(reported.load("rdp").table("rdp_table3_wiping"), group_runs([run]))
+    log_results(experiment, run, [table])
+    folder, found = files_of(experiment)
+    assert "simulation" in found["tags"] and found["config"]["row"] == "DP UNet 32-64-128 (simulation)"
+    logged = {key: row[key] for row in found["history"] for key in row}
+    (video,) = logged["videos/videos"]
+    assert (folder / video["path"]).stat().st_size > 500 and video["caption"] == "Rollout"
+    content = json.loads((folder / logged["tables/rdp_table3_wiping/path"]).read_text())
+    assert content["data"][-1][:2] == ["DP", "simulation"] and "real robot" in content["data"][-1][-1]
+    assert not any("difference" in column for column in content["columns"])
