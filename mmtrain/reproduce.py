@@ -1,7 +1,8 @@
 """`python -m mmtrain reproduce PAPER`: a paper's comparison at laptop scale, several seeds each, resumable.
 
-Each run is an ordinary `fit` and `test` in a folder of its own. What is done is not done again, a run that was cut
-short goes on from its last checkpoint, and in the end every claim of the paper gets a verdict over the seeds.
+Each run is an ordinary `fit` and `test` in a folder of its own, after further trainings if the method has such. What is
+done is not done again, a run that was cut short goes on from its last checkpoint, and in the end every claim of the
+paper gets a verdict over the seeds.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,76 +24,14 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmtrain.config_errors import UserError
+from mmtrain.config_errors import UserError, nearest
+from mmtrain.metrics.intervals import Interval, apart, score_interval
+from mmtrain.plans import Claim, Job, Plan, jobs, preparations
 from mmtrain.reporting.results import Estimate, Run, estimate, read_run
 from mmtrain.reporting.tables import FRACTIONS
 
-PAPERS = ("rankclip",)
-STAGES = ("fit", "test")
+PAPERS = ("rankclip", "rdp")
 Verdict = Literal["holds", "does not hold", "undecided at this scale"]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement of the paper, as something to be measured: the own method is better than each rival in a metric."""
-
-    text: str
-    source: str
-    metric: str
-    rivals: tuple[str, ...]
-    direction: Literal["higher", "lower"] = "higher"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a paper's reproduction runs.
-
-    Args:
-        own_method: as the paper spells it, like the keys of `methods`.
-        methods: method -> config.
-        words: options of every run, after the config.
-        epochs, seeds: of the whole and of the quick reproduction.
-        claims: what is judged.
-        shown: metrics that are reported without a claim.
-    """
-
-    paper: str
-    own_method: str
-    methods: dict[str, str]
-    words: tuple[str, ...]
-    epochs: tuple[int, int]
-    seeds: tuple[int, int]
-    claims: tuple[Claim, ...]
-    shown: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Job:
-    """One method with one seed."""
-
-    method: str
-    config: str
-    seed: int
-    folder: Path
-    words: tuple[str, ...]
-
-    def command(self, stage: str) -> list[str]:
-        """The words after `python -m mmtrain` of one of `STAGES`; both stages have the same settings."""
-        own = ["--seed_everything", str(self.seed), "--data.seed", str(self.seed), "--vars.name", self.folder.name]
-        place = ["--trainer.default_root_dir", str(self.folder), "--trainer.enable_progress_bar", "false"]
-        return [stage, "-c", self.config, *self.words, *own, *place, "--ckpt_path", "last"]
-
-
-def jobs(plan: Plan, out: Path, quick: bool) -> list[Job]:
-    """All runs, seed by seed, so that after each seed the methods can be compared."""
-    epochs, seeds = plan.epochs[quick], plan.seeds[quick]
-    every = str(max(1, epochs // 3))  # three evaluations on the way
-    words = (*plan.words, "--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", every)
-    return [
-        Job(method, config, seed, out / f"{method.lower()}-seed{seed}", words)
-        for seed in range(seeds)
-        for method, config in plan.methods.items()
-    ]
 
 
 class Children:
@@ -128,7 +67,7 @@ class Children:
 
 
 def run_stage(job: Job, stage: str, children: Children) -> None:
-    """Run one stage of a job unless it is done, its output to `<folder>/<stage>.log`.
+    """Run one of a job's `stages` unless it is done, its output to `<folder>/<stage>.log`.
 
     CPU seconds are added up in `<folder>/stages.json`, also of a process that was ended early.
 
@@ -168,10 +107,10 @@ def run_all(todo: Sequence[Job], at_a_time: int) -> None:
         ThreadPoolExecutor(at_a_time) as pool,
         Progress(*columns, *left, console=Console(stderr=True), speed_estimate_period=7200) as progress,
     ):
-        task = progress.add_task("", total=len(todo) * len(STAGES))
+        task = progress.add_task("", total=sum(len(job.stages) for job in todo))
 
         def run(job: Job) -> None:
-            for stage in STAGES:
+            for stage in job.stages:
                 progress.update(task, description=f"{job.method}, seed {job.seed}: {stage}")
                 run_stage(job, stage, children)
                 progress.advance(task)
@@ -215,13 +154,17 @@ def judge(plan: Plan, runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
     """
     found = []
     for claim in plan.claims:
-        own = [run.metrics[claim.metric] for run in runs[plan.own_method]]
+        method = claim.own or plan.own_method
+        own = [run.metrics[claim.metric] for run in runs[method]]
         for rival in claim.rivals:
             theirs = [run.metrics[claim.metric] for run in runs[rival]]
             difference = estimate([a - b for a, b in zip(own, theirs, strict=True)])
+            pooled = {} if plan.episodes is None else {"episodes": by_episodes(plan, claim, runs[method], runs[rival])}
             found.append(
-                {
+                pooled
+                | {
                     "claim": claim.text,
+                    "own": method,
                     "source": claim.source,
                     "metric": claim.metric,
                     "direction": claim.direction,
@@ -235,16 +178,39 @@ def judge(plan: Plan, runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
     return found
 
 
+def by_episodes(plan: Plan, claim: Claim, own: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
+    """What the episodes of all seeds together say of a claim: it holds if their 95 % intervals do not overlap.
+
+    Twice: `pooled` takes every episode as independent, `by_seed` draws seeds first and episodes inside them, which is
+    also about other seeds than these, but coarse with three of them. Both are bootstrap intervals of the mean.
+    """
+    sides = {}
+    for side, runs in (("ours", own), ("theirs", theirs)):
+        parts = [plan.episodes(run.folder, claim.metric) for run in runs]
+        values = [value for part in parts for value in part]
+        seeds = [place for place, part in enumerate(parts) for _ in part]
+        sides[side] = score_interval(values), score_interval(values, clusters=seeds), len(values)
+    found = {"n": [sides["ours"][2], sides["theirs"][2]]}
+    for place, name in enumerate(("pooled", "by_seed")):
+        ours, rival = (sides[side][place] for side in ("ours", "theirs"))
+        sign = apart(ours, rival) * (-1 if claim.direction == "lower" else 1)
+        text: Verdict = {1: "holds", -1: "does not hold", 0: "undecided at this scale"}[sign]
+        found[name] = {"ours": ours._asdict(), "theirs": rival._asdict(), "verdict": text}
+    return found
+
+
 def reproduce(plan: Plan, out: Path, quick: bool, at_a_time: int, command: str) -> dict[str, Any]:
     """Run what is not done yet, judge, and write `reproduce.json` and `reproduce.md` into `out`."""
-    todo = jobs(plan, out, quick)
+    first, todo = preparations(plan, out, quick), jobs(plan, out, quick)
+    run_all(first, at_a_time)
     run_all(todo, at_a_time)
     runs: dict[str, list[Run]] = {method: [] for method in plan.methods}
     for job in todo:
         runs[job.method].append(read_run(job.folder))
-    stages = [read_stages(job.folder)[stage] for job in todo for stage in STAGES]
+    stages = [read_stages(job.folder)[stage] for job in (*first, *todo) for stage in job.stages]
     result = {
-        "title": f"{plan.own_method} at laptop scale",
+        "title": plan.title or f"{plan.own_method} at laptop scale",
+        "note": plan.note,
         "paper": plan.paper,
         "command": command,
         "quick": quick,
@@ -268,12 +234,14 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines = [
         f"## {result['title']}{' (quick: a trial of the machinery, no evidence)' if result['quick'] else ''}",
         f"`{result['command']}`, {runs} seeds, {result['cpu_seconds'] / 3600:.2f} CPU-hours. "
-        "Laptop scale, never to be read as the paper's numbers. Mean ± half of the 95 % Student-t interval.",
+        f"{result['note']} Mean ± half of the 95 % Student-t interval over seeds.",
         table_line(["metric", *methods]),
         table_line(["---"] * (1 + len(methods))),
     ]
     for metric, row in result["metrics"].items():
         lines.append(table_line([metric.removeprefix("test/"), *(spread(metric, row[method]) for method in methods)]))
+    if not result["claims"]:
+        return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:]) + "\n"
     lines += ["", table_line(["claim", "metric", "against", "difference", "verdict"]), table_line(["---"] * 5)]
     for claim in result["claims"]:
         lines.append(
@@ -287,7 +255,31 @@ def as_markdown(result: dict[str, Any]) -> str:
                 ]
             )
         )
+    lines += episode_lines([claim for claim in result["claims"] if "episodes" in claim])
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:]) + "\n"
+
+
+def episode_lines(claims: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of the verdicts over episodes; empty without such claims."""
+    if not claims:
+        return []
+    lines = ["", "By the episodes of all seeds: a claim holds if the 95 % bootstrap intervals do not overlap.", ""]
+    head = ["claim", "metric", "against", "ours", "theirs", "episodes", "verdict", "verdict, seeds drawn first"]
+    lines += [table_line(head), table_line(["---"] * len(head))]
+    for claim in claims:
+        found = claim["episodes"]
+        sides = [bounds(claim["metric"], Interval(**found["pooled"][side])) for side in ("ours", "theirs")]
+        numbers = " and ".join(map(str, dict.fromkeys(found["n"])))
+        names = [claim["claim"], claim["metric"].removeprefix("test/"), claim["rival"]]
+        lines.append(table_line([*names, *sides, numbers, found["pooled"]["verdict"], found["by_seed"]["verdict"]]))
+    return lines
+
+
+def bounds(metric: str, interval: Interval) -> str:
+    """`0.95 [0.89, 0.98]`, in percent if the metric is a fraction."""
+    factor, digits = (100, 1) if FRACTIONS.fullmatch(metric.rpartition("/")[2]) else (1, 2)
+    mean, low, high = (f"{factor * value:.{digits}f}" for value in interval)
+    return f"{mean} [{low}, {high}]"
 
 
 def table_line(cells: Sequence[str]) -> str:
@@ -305,7 +297,11 @@ def spread(metric: str, found: dict[str, Any], sign: str = "") -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run a reproduction; the same command line goes on with one that was interrupted."""
+    """Run a reproduction; the same command line goes on with one that was interrupted.
+
+    Raises:
+        UserError: a run failed, or there is no such task or method.
+    """
     parser = argparse.ArgumentParser(prog="python -m mmtrain reproduce", description=__doc__)
     parser.add_argument("paper", choices=PAPERS)
     parser.add_argument("--quick", action="store_true", help="few epochs and seeds: tries the machinery, in minutes")
@@ -314,14 +310,52 @@ def main(argv: list[str]) -> int:
         "--jobs", type=int, default=min(4, num_cores()),
         help="runs side by side, which share the cores; default: the number of cores, at most 4",
     )  # fmt: skip
+    parser.add_argument("--task", nargs="+", help="tasks of a paper that has several; default: all")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="methods, as the paper's tables name them")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs: {arguments.jobs} is not 1 or more")
-    plan: Plan = importlib.import_module(f"mmtrain.{arguments.paper}.reproduce").PLAN
+    plans = chosen_plans(arguments.paper, arguments.task)
     out = arguments.out or Path("runs") / f"reproduce_{arguments.paper}{'_quick' if arguments.quick else ''}"
     command = shlex.join(["python", "-m", "mmtrain", "reproduce", *argv])
-    reproduce(plan, out, arguments.quick, arguments.jobs, command)
+    if arguments.only:
+        plans = only(plans, arguments.only)
     wide = Console(width=max(Console().width, 120))  # at 80 characters the names would be cut
-    wide.print(Markdown((out / "reproduce.md").read_text()))
+    for task, plan in plans.items():
+        folder = out / task if task else out
+        reproduce(plan, folder, arguments.quick, arguments.jobs, command)
+        wide.print(Markdown((folder / "reproduce.md").read_text()))
     print(f"all of it is in {out}; a page of it: python -m mmtrain report {out}")
     return 0
+
+
+def only(plans: dict[str, Plan], names: Sequence[str]) -> dict[str, Plan]:
+    """The plans with some of their methods; a task that has none of them is left out.
+
+    Raises:
+        UserError: no plan has such a method.
+    """
+    known = {name: None for plan in plans.values() for name in plan.methods}
+    for name in names:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f", did you mean {guess!r}?" if guess else "."
+            raise UserError(f"--only: no method {name!r}{hint} There are: {', '.join(known)}")
+    return {task: plan.only(names) for task, plan in plans.items() if set(names) & set(plan.methods)}
+
+
+def chosen_plans(paper: str, tasks: Sequence[str] | None) -> dict[str, Plan]:
+    """The plans of a paper by task; the one plan of a paper without tasks has the name "".
+
+    Raises:
+        UserError: there is no such task.
+    """
+    module = importlib.import_module(f"mmtrain.{paper}.reproduce")
+    if not hasattr(module, "PLANS"):
+        if tasks:
+            raise UserError(f"--task: {paper} has no tasks")
+        return {"": module.PLAN}
+    for task in tasks or ():
+        if task not in module.PLANS:
+            raise UserError(f"--task: {task!r} is not known; {paper} has {', '.join(module.PLANS)}")
+    return {task: plan for task, plan in module.PLANS.items() if task in (tasks or module.PLANS)}

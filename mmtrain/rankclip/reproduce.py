@@ -6,7 +6,7 @@ subgroups for Table 3. Figure 5 has no numbers, and which direction of uniformit
 only.
 """
 
-from mmtrain.reproduce import Claim, Plan
+from mmtrain.plans import Claim, Plan
 
 RIVALS = ("CLIP", "CyCLIP", "ALIP")
 

@@ -1,0 +1,175 @@
+"""What a reproduction runs: a paper's methods, the trainings they need, the claims, and the command of each stage."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+STAGES = ("fit", "test")
+LAST = Path("checkpoints", "last.ckpt")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, as something to be measured: a method is better than each rival in a metric.
+
+    `own` is that method; None: the plan's own method.
+    """
+
+    text: str
+    source: str
+    metric: str
+    rivals: tuple[str, ...]
+    direction: Literal["higher", "lower"] = "higher"
+    own: str | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that a method needs before its own `fit`, in the subfolder `name` of the run's folder.
+
+    `option` is the one of the method's config that takes the checkpoint.
+    """
+
+    name: str
+    config: str
+    option: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """What makes a method: its config, the trainings before, in their order, and options of all its stages.
+
+    `needs` is the name of the shared data that it uses, one of `Plan.prepared`.
+    """
+
+    config: str
+    before: tuple[Training, ...] = ()
+    words: tuple[str, ...] = ()
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a paper's reproduction runs.
+
+    Args:
+        own_method: as the paper spells it, like the keys of `methods`.
+        methods: method -> config, or more where that is not all.
+        words: options of every run, after the config. `{out}` in them, as in a method's, is the folder of all runs.
+        epochs, seeds: of the whole and of the quick reproduction; no epochs: the configs' own lengths.
+        claims: what is judged.
+        shown: metrics that are reported without a claim.
+        quick_words: options of the quick reproduction.
+        prepared: name -> a training by whose config the shared data are made, once, before all runs.
+        episodes: gives a run folder's values in [0, 1] behind a metric; claims are then judged by the episodes of all
+            seeds together as well.
+        title, note: what the result is called, and what must be said of it.
+    """
+
+    paper: str
+    own_method: str
+    methods: dict[str, str | Method]
+    words: tuple[str, ...]
+    epochs: tuple[int, int] | None
+    seeds: tuple[int, int]
+    claims: tuple[Claim, ...]
+    shown: tuple[str, ...] = ()
+    quick_words: tuple[str, ...] = ()
+    prepared: dict[str, Method] = field(default_factory=dict)
+    episodes: Callable[[Path, str], list[float]] | None = None
+    title: str | None = None
+    note: str = "Laptop scale, never to be read as the paper's numbers."
+
+    def method(self, name: str) -> Method:
+        """A method, also where only its config is given."""
+        entry = self.methods[name]
+        return entry if isinstance(entry, Method) else Method(entry)
+
+    def only(self, names: Sequence[str]) -> "Plan":
+        """The plan of some of its methods, with the claims that are about two of them; other names are passed over."""
+        claims = [replace(c, rivals=tuple(r for r in c.rivals if r in names)) for c in self.claims]
+        kept = tuple(claim for claim in claims if claim.rivals and (claim.own or self.own_method) in names)
+        methods = {name: entry for name, entry in self.methods.items() if name in names}
+        needs = {self.method(name).needs for name in methods}
+        return replace(
+            self,
+            methods=methods,
+            prepared={name: entry for name, entry in self.prepared.items() if name in needs},
+            claims=kept,
+            shown=tuple(dict.fromkeys([*(claim.metric for claim in self.claims), *self.shown])),
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method with one seed."""
+
+    method: str
+    config: str
+    seed: int
+    folder: Path
+    words: tuple[str, ...]
+    before: tuple[Training, ...] = ()
+    last_stages: tuple[str, ...] = STAGES
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of all that is to be done, in their order."""
+        return (*(training.name for training in self.before), *self.last_stages)
+
+    def command(self, stage: str) -> list[str]:
+        """The words after `python -m mmtrain` of one of `stages`; all stages have the same settings."""
+        training = next((training for training in self.before if training.name == stage), None)
+        if training:
+            verb, config, folder, name = "fit", training.config, self.folder / stage, f"{self.folder.name}-{stage}"
+            made: list[str] = []
+        else:
+            verb, config, folder, name = stage, self.config, self.folder, self.folder.name
+            made = [word for part in self.before for word in (part.option, str(folder / part.name / LAST))]
+        own = ["--seed_everything", str(self.seed), "--data.seed", str(self.seed), "--vars.name", name]
+        place = ["--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", "false"]
+        return [verb, "-c", config, *self.words, *made, *own, *place, "--ckpt_path", "last"]
+
+
+def jobs(plan: Plan, out: Path, quick: bool) -> list[Job]:
+    """All runs, seed by seed, so that after each seed the methods can be compared."""
+    words = common_words(plan, quick)
+    found = []
+    for seed in range(plan.seeds[quick]):
+        for name in plan.methods:
+            method = plan.method(name)
+            folder = out / f"{plain_name(name)}-seed{seed}"
+            own = in_folder((*words, *method.words), out)
+            found.append(Job(name, method.config, seed, folder, own, method.before))
+    return found
+
+
+def preparations(plan: Plan, out: Path, quick: bool) -> list[Job]:
+    """What makes the data that all runs share: trainings of no length, as `fit` makes data that are missing."""
+    found = []
+    for name, entry in plan.prepared.items():
+        words = in_folder((*common_words(plan, quick), *entry.words, "--trainer.max_epochs", "0"), out)
+        found.append(Job(name, entry.config, 0, out / name, words, last_stages=("fit",)))
+    return found
+
+
+def common_words(plan: Plan, quick: bool) -> tuple[str, ...]:
+    """Options of every run of a plan."""
+    words = (*plan.words, *(plan.quick_words if quick else ()))
+    if plan.epochs is None:
+        return words
+    epochs = plan.epochs[quick]
+    every = str(max(1, epochs // 3))  # three evaluations on the way
+    return (*words, "--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", every)
+
+
+def in_folder(words: Sequence[str], out: Path) -> tuple[str, ...]:
+    """The words with `{out}` replaced; other braces are left, as YAML has them."""
+    return tuple(word.replace("{out}", str(out)) for word in words)
+
+
+def plain_name(method: str) -> str:
+    """A method's name as part of a folder's: `RDP (Force)` as `rdp_force`."""
+    return re.sub(r"[^a-z0-9]+", "_", method.lower()).strip("_")
