@@ -25,6 +25,9 @@ bench: .venv/installed
 	$(RUN) -m tests.benchmarks.list_loss
 	$(RUN) -m tests.benchmarks.loader
 	$(RUN) -m tests.benchmarks.retrieval
+	$(RUN) -m tests.benchmarks.episodes
+	$(RUN) -m tests.benchmarks.fast_step
+	$(RUN) -m tests.benchmarks.slow_step
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmtrain needs Python 3.11 or newer: make PYTHON=python3.11")'

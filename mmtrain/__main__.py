@@ -17,11 +17,11 @@ TRAINING = {
 }
 OTHERS = {  # verb: (module whose main(argv) runs it, description); imported only when used
     "list": ("mmtrain.listing", "show the shipped configs"),
-    "data": ("datamodules.tools", "prepare and check data: index, ..."),
+    "data": ("datamodules.tools", "prepare and check data: index, check, convert, pca"),
     "report": ("mmtrain.reporting.report", "one page of many runs beside the reported numbers"),
     "dashboard": ("mmtrain.reporting.dashboard", "the same as a W&B project: baselines, workspace, report"),
     "reproduce": ("mmtrain.reproduce", "a paper's comparison at laptop scale, with a verdict on each claim"),
-    "export": ("mmtrain.rankclip.pretrained", "write a checkpoint in a released layout"),
+    "export": ("mmtrain.export", "write a checkpoint in a released layout"),
 }
 USAGE = """usage: python -m mmtrain VERB ...
 

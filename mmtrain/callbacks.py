@@ -18,6 +18,7 @@ from torch import Tensor
 from mmtrain import distributed
 from mmtrain.checkpoint import LastCheckpoint
 from mmtrain.config_errors import UserError
+from mmtrain.reporting.tables import FRACTIONS
 
 
 class RandomState(pl.Callback):
@@ -220,13 +221,15 @@ class EvaluationTable(pl.Callback):
             return
         step = f" at step {self.step}" if self.step > 0 else ""
         table = Table(title=f"evaluation{step}", title_justify="left")
-        for column in ("set", "metric", "value %", "chance %", "times chance"):
+        in_percent = {key for key in values if key in chance or FRACTIONS.fullmatch(key.rpartition("/")[2])}
+        guessed = ("chance %", "times chance") if in_percent else ()
+        for column in ("set", "metric", "value %" if in_percent else "value", *guessed):
             table.add_column(column, justify="left" if column in ("set", "metric") else "right")
         for key, value in values.items():
-            name, _, metric = key.removeprefix("val/").partition("/")
+            name, _, metric = key.removeprefix("val/").rpartition("/")
             by_chance = chance.get(key)
-            cells = (f"{100 * by_chance:.2f}", f"{value / by_chance:.1f}") if by_chance else ("", "")
-            table.add_row(name, metric, f"{100 * value:.2f}", *cells)
+            cells = (f"{100 * by_chance:.2f}", f"{value / by_chance:.1f}") if by_chance else ("", "") if guessed else ()
+            table.add_row(name, metric, f"{100 * value:.2f}" if key in in_percent else f"{value:.4g}", *cells)
         Console(width=100).print(table)
 
 

@@ -139,6 +139,11 @@ def run_settings(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, A
     return flatten(settings | {"seed_everything": os.environ.get("PL_GLOBAL_SEED")})
 
 
+def settings(kind: type, given: Any) -> Any:
+    """Settings as given, the defaults for None; a dict is what a checkpoint holds of them, see `plain`."""
+    return kind(**given) if isinstance(given, dict) else given or kind()
+
+
 def plain(value: Any) -> Any:
     """Dataclasses as dicts and paths as text, at any depth: what weights-only reading accepts."""
     if is_dataclass(value) and not isinstance(value, type):

@@ -150,7 +150,7 @@ def _touch_inputs(task: Task, touch: Touch) -> dict[str, int]:
     if touch in ("force", "normal_force"):
         return {f"{side}_robot_tcp_wrench": WRENCH if touch == "force" else 1 for side in ARMS[task]}
     if (touch == "gelsight_mctac") != (task == "lift"):
-        raise UserError(f"touch: {touch} does not exist for task {task}; lift has gelsight_mctac, the others one sensor")
+        raise UserError(f"touch: {touch} is not of task {task}; lift has gelsight_mctac, the others one sensor")
     if task == "lift":
         return {"left_gripper2_marker_offset_emb": EMBEDDING, "right_gripper1_marker_offset_emb": EMBEDDING}
     gripper = {"gelsight": 1, "mctac": 2}[touch]

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
-from lightning.pytorch.cli import LightningCLI
 
 from datamodules.evaluation_sets import EvaluationSet, is_labelled
 from datamodules.synthetic import jpeg, picture, write_shard
@@ -12,24 +10,9 @@ from mmtrain.__main__ import main
 from mmtrain.config_layers import load, split_arguments
 from mmtrain.listing import configs_dir
 
-RUNS = sorted(p.stem for p in configs_dir().glob("*.yaml") if not p.read_text().startswith("# Layer:"))
+NAMES = sorted(p.stem for p in configs_dir().glob("*.yaml") if not p.read_text().startswith("# Layer:"))
+RUNS = [name for name in NAMES if not name.startswith(("rdp_", "dp_"))]  # those: tests/rdp/test_configs.py
 LAYERS = sorted(p.stem for p in configs_dir().glob("*.yaml") if p.read_text().startswith("# Layer:"))
-
-
-@pytest.fixture
-def instantiate(monkeypatch, tmp_path):
-    """Returns a function: words after `fit` -> (trainer, model, datamodule), nothing trained."""
-    monkeypatch.chdir(tmp_path)
-    found = []
-    keep = lambda cli, _: found.extend((cli.trainer, cli.model, cli.datamodule))  # noqa: E731
-    monkeypatch.setattr(LightningCLI, "_run_subcommand", keep)
-
-    def run(*words: str) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
-        found.clear()
-        assert main(["fit", *words]) == 0
-        return tuple(found)
-
-    return run
 
 
 def test_there_are_the_configs_that_the_readme_names() -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from mmtrain.checkpoint import plain
+from mmtrain.checkpoint import plain, settings
 from mmtrain.config_errors import UserError
 from mmtrain.feature_cache import FeatureCache, fingerprint
 from mmtrain.metrics.linear_probe import ProbeSettings
@@ -72,11 +72,6 @@ class TestSettings:
         self.probe = settings(ProbeSettings, self.probe)
         if self.projection == "umap" and importlib.util.find_spec("umap") is None:  # said now, not after the evaluation
             raise UserError("test.projection: umap needs umap-learn: pip install 'mmtrain[umap]'; or take svd")
-
-
-def settings(kind: type, given: Any) -> Any:
-    """Settings as given, the defaults for None; a dict is what a checkpoint holds of them."""
-    return kind(**given) if isinstance(given, dict) else given or kind()
 
 
 class ImageTextModule(pl.LightningModule):
