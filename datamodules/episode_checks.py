@@ -11,8 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import zarr
 
-from datamodules.episodes import EpisodeStore, store_path
-from mmtrain import marker_pca
+from datamodules.episodes import ENDS, EpisodeStore, check_embedding, frame_name, store_path
 from mmtrain.config_errors import UserError
 from mmtrain.robot_tasks import EMBEDDING, FRAME_RATE, MARKERS
 
@@ -25,7 +24,7 @@ DEAD = 1e-7  # range below which a number counts as constant
 SHIFTS = range(-2, 7)  # frames by which an action may be ahead of the state it is compared with
 EXPECTED_SHIFT = 1  # RDP: the action is the measured state one frame later
 WINDOW = 32  # stored frames of the longest window
-SENSORS = {"_gripper1_": "gelsight", "_gripper2_": "mctac"}
+EMBEDDINGS = 256  # frames whose embedding is made anew
 NOISY = ("_tcp_wrench", "_marker_offset", "_marker_offset_emb")  # streams that are never still for a second
 OUTLIER_STREAMS = ("_tcp_wrench", "_gripper_force", "_marker_offset_emb")
 
@@ -50,7 +49,7 @@ def check_store(path: str | Path) -> list[Finding]:
     except UserError as error:
         if not (store_path(path) / ".zgroup").exists():
             raise
-        return [Finding("error", "meta/episode_ends", "episodes", str(error))]
+        return [Finding("error", ENDS, "episodes", str(error))]
     findings = list(check_lengths(store.episode_ends))
     for key in store.keys:
         findings += _check_array(store, key)
@@ -64,14 +63,14 @@ def check_lengths(episode_ends: np.ndarray, window: int = WINDOW) -> Iterator[Fi
     median = np.median(lengths)
     if (short := np.flatnonzero(lengths < window)).size:
         text = f"{_count(short, 'episode')} shorter than a window of {window} frames, first: {short[0]}"
-        yield Finding("error", "meta/episode_ends", "length", f"{text} with {lengths[short[0]]}")
+        yield Finding("error", ENDS, "length", f"{text} with {lengths[short[0]]}")
     odd = np.flatnonzero((lengths >= window) & ((lengths > 4 * median) | (lengths < median / 4)))
     if odd.size:
         text = f"{_count(odd, 'episode')} over four times longer or shorter than the median of {median:g} frames"
-        yield Finding("warning", "meta/episode_ends", "length", f"{text}, first: {odd[0]} with {lengths[odd[0]]}")
+        yield Finding("warning", ENDS, "length", f"{text}, first: {odd[0]} with {lengths[odd[0]]}")
     yield Finding(
         "note",
-        "meta/episode_ends",
+        ENDS,
         "length",
         f"{len(lengths)} episodes of {lengths.min()} to {lengths.max()} frames, {lengths.sum():,} in all",
     )
@@ -82,7 +81,7 @@ def check_timestamps(times: np.ndarray, episode_ends: np.ndarray, rate: float = 
     name, check = "data/timestamp", "time"
     if not np.isfinite(times).all():
         frame = int(np.argmin(np.isfinite(times)))
-        yield Finding("error", name, check, f"{times[frame]} at {_where(frame, episode_ends)}")
+        yield Finding("error", name, check, f"{times[frame]} at {frame_name(frame, episode_ends)}")
         return
     resolution = float(np.spacing(np.abs(times).max()))
     if resolution > 0.5 / rate:
@@ -98,7 +97,7 @@ def check_timestamps(times: np.ndarray, episode_ends: np.ndarray, rate: float = 
     if not len(steps):
         return
     if (back := steps <= 0).any():
-        where = _where(int(frames[back][0]) + 1, episode_ends)
+        where = frame_name(int(frames[back][0]) + 1, episode_ends)
         yield Finding("error", name, check, f"does not increase at {back.sum()} frames, first: {where}")
         return
     median = float(np.median(steps))
@@ -108,7 +107,7 @@ def check_timestamps(times: np.ndarray, episode_ends: np.ndarray, rate: float = 
         worst = int(np.argmax(steps))
         lost = int(np.round(steps[gap] / median - 1).sum())
         severity: Severity = "error" if steps[worst] > LONG_GAP else "warning"
-        where = _where(int(frames[worst]), episode_ends)
+        where = frame_name(int(frames[worst]), episode_ends)
         text = f"{_count(frames[gap], 'gap')}, {lost} frames lost; the longest is {steps[worst]:.3f} s after {where}"
         yield Finding(severity, name, "gaps", text)
 
@@ -118,8 +117,8 @@ def check_finite(name: str, values: np.ndarray, episode_ends: np.ndarray) -> Ite
     finite = np.isfinite(values).reshape(len(values), -1).all(1)
     if not finite.all():
         frame = int(np.argmin(finite))
-        text = f"{_count(np.flatnonzero(~finite), 'frame')} with NaN or infinity, first: {_where(frame, episode_ends)}"
-        yield Finding("error", name, "finite", text)
+        text = f"{_count(np.flatnonzero(~finite), 'frame')} with NaN or infinity, first: "
+        yield Finding("error", name, "finite", text + frame_name(frame, episode_ends))
 
 
 def check_outliers(name: str, values: np.ndarray, episode_ends: np.ndarray) -> Iterator[Finding]:
@@ -132,7 +131,7 @@ def check_outliers(name: str, values: np.ndarray, episode_ends: np.ndarray) -> I
     z = np.abs(values - middle) / np.maximum((high - low) / 4.652695, 1e-9)
     for channel in np.flatnonzero(z.max(0) > OUTLIER):
         frame, column = int(z[:, channel].argmax()), values[:, channel]
-        span, place = max(float(np.ptp(column)), 1e-12), _where(int(z[:, channel].argmax()), episode_ends)
+        span, place = max(float(np.ptp(column)), 1e-12), frame_name(int(z[:, channel].argmax()), episode_ends)
         yield Finding(
             "warning",
             name,
@@ -162,7 +161,7 @@ def check_motion(name: str, values: np.ndarray, episode_ends: np.ndarray) -> Ite
     elif name.endswith(NOISY):
         start, length = _longest_run(flat, episode_ends)
         if length >= FRAME_RATE:
-            text = f"the same for {length} frames from {_where(start, episode_ends)}: did the sensor freeze?"
+            text = f"the same for {length} frames from {frame_name(start, episode_ends)}: did the sensor freeze?"
             yield Finding("warning", name, "frozen", text)
 
 
@@ -173,14 +172,14 @@ def check_rotation(name: str, poses: np.ndarray, episode_ends: np.ndarray) -> It
     bad = np.flatnonzero(np.abs(products).max(0) > 1e-3)
     if bad.size:
         text = f"{_count(bad, 'frame')} whose rotation columns are not orthonormal, first: "
-        yield Finding("warning", name, "rotation", text + _where(int(bad[0]), episode_ends))
+        yield Finding("warning", name, "rotation", text + frame_name(int(bad[0]), episode_ends))
 
 
 def action_shift(action: np.ndarray, state: np.ndarray, episode_ends: np.ndarray) -> tuple[int | None, float]:
     """By how many frames actions [N, D] are ahead of states [N, D], and how well they agree there.
 
-    Cross-correlation over `SHIFTS`: each number is taken in units of its deviation from the episode's mean, and the
-    shift with the least mean square difference wins. Frames near an episode's ends are left out at all shifts alike.
+    Each number is taken in units of its standard deviation, and of `SHIFTS` the one with the least mean square
+    difference wins. Frames near an episode's ends are left out at all shifts alike.
 
     Returns:
         The shift, None if nothing moves enough to tell; and that difference, 0 if equal and 2 if unrelated.
@@ -261,10 +260,16 @@ def _check_array(store: EpisodeStore, key: str) -> list[Finding]:
     findings = []
     if array.dtype != np.float32:
         findings.append(Finding("note", name, "type", f"{array.dtype}, the layout has float32"))
-    if key.endswith("_marker_offset_emb"):
-        findings += _check_embedding(store, key, values)
+    is_embedding = key.endswith("_marker_offset_emb")
+    if is_embedding and values.shape[1:] != (EMBEDDING,):
+        findings.append(_embedding_width(name, values.shape[1:]))
     if bad := list(check_finite(name, values, ends)):
         return findings + bad
+    if is_embedding and values.shape[1:] == (EMBEDDING,):
+        try:
+            check_embedding(store, key, EMBEDDINGS)
+        except UserError as error:
+            findings.append(Finding("error", name, "embedding", str(error)))
     if not key.endswith("_initial_marker"):
         findings += check_motion(name, values, ends)
     if key.endswith(OUTLIER_STREAMS) and values.ndim == 2:
@@ -274,30 +279,11 @@ def _check_array(store: EpisodeStore, key: str) -> list[Finding]:
     return findings
 
 
-def _check_embedding(store: EpisodeStore, key: str, values: np.ndarray) -> Iterator[Finding]:
-    """An embedding's width, and whether the store's own PCA makes it of the store's marker field."""
-    name = f"data/{key}"
-    if values.shape[1:] != (EMBEDDING,):
-        text = f"{list(values.shape[1:])} numbers a frame, expected [{EMBEDDING}]"
-        if values.shape[1:] in [(2 * rows * columns,) for rows, columns in MARKERS.values()]:
-            text += ": the raw marker field, as its PCA did not fit; `data convert --pca FILE` embeds it anew"
-        yield Finding("error", name, "embedding", text)
-        return
-    sensor = next((sensor for part, sensor in SENSORS.items() if part in key), None)
-    fields = key.removesuffix("_emb")
-    if sensor is None or fields not in store.keys or (matrix := store.pca(sensor)) is None:
-        return
-    rows = np.unique(np.linspace(0, store.num_frames - 1, 256).astype(int))
-    try:
-        expected = marker_pca.embed(
-            marker_pca.MarkerPca(*matrix), store.group[f"data/{fields}"][: store.num_frames][rows]
-        )
-    except UserError as error:
-        yield Finding("error", name, "embedding", str(error))
-        return
-    if (off := float(np.abs(expected - values[rows]).max())) > 1e-4:
-        text = f"differs by {off:.2g} from what pca/{sensor} makes of data/{fields}: made with another matrix?"
-        yield Finding("error", name, "embedding", text)
+def _embedding_width(name: str, tail: tuple[int, ...]) -> Finding:
+    text = f"{list(tail)} numbers a frame, expected [{EMBEDDING}]"
+    if tail in [(2 * rows * columns,) for rows, columns in MARKERS.values()]:
+        text += ": the raw marker field, as its PCA did not fit; `data convert --pca FILE` embeds it anew"
+    return Finding("error", name, "embedding", text)
 
 
 def _check_pictures(store: EpisodeStore, key: str, array: zarr.Array) -> Iterator[Finding]:
@@ -309,6 +295,9 @@ def _check_pictures(store: EpisodeStore, key: str, array: zarr.Array) -> Iterato
             f"{kind} in chunks of {array.chunks[0]} frames, all of which are read for one; `data convert` splits them"
         )
         yield Finding("warning", name, "pictures", text)
+    if store.is_blue_first(key):
+        text = "the store does not say the order of its channels; RDP's recorder left cameras blue first: "
+        yield Finding("note", name, "pictures", text + "`data.bgr: true`, or `data convert`")
     frame = store.num_frames // 2
     picture = pictures.read(np.array([frame]))
     if np.ptp(picture) == 0:
@@ -336,11 +325,6 @@ def _check_labels(store: EpisodeStore) -> list[Finding]:
     if not (np.isfinite(labels).all() and np.isfinite(state).all()):
         return []
     return list(check_labels(labels, state, store.episode_ends))
-
-
-def _where(frame: int, episode_ends: np.ndarray) -> str:
-    episode = int(np.searchsorted(episode_ends, frame, side="right"))
-    return f"episode {episode}, frame {frame - (int(episode_ends[episode - 1]) if episode else 0)}"
 
 
 def _count(items: np.ndarray, what: str) -> str:

@@ -65,8 +65,8 @@ class PictureArray:
     def size(self) -> tuple[int, int]:
         """Height and width; for JPEG the first frame is read."""
         if self._size is None:
-            self._size = self._frame(0).shape[:2]
-        return tuple(self._size)
+            self._frame(0)
+        return self._size
 
     def read(self, frames: np.ndarray) -> np.ndarray:
         """RGB pictures uint8 [*frames.shape, 3, H, W] of frames of any shape; each frame is decoded once.
@@ -87,9 +87,14 @@ class PictureArray:
             return value
         try:
             encoded = torch.frombuffer(bytearray(value), dtype=torch.uint8)
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+            pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
         except (RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"{self.folder}: frame {frame} is not a JPEG file that can be read") from error
+        self._size = self._size or pixels.shape[:2]
+        if pixels.shape[:2] != self._size:
+            found, expected = list(pixels.shape[:2]), list(self._size)
+            raise UserError(f"{self.folder}: frame {frame} is a picture of {found} pixels, others of {expected}")
+        return pixels
 
     def _chunk(self, chunk: int) -> np.ndarray:
         if self.chunk_shape[0] == 1:

@@ -11,11 +11,11 @@ import torch
 import zarr
 from torchvision.io import encode_jpeg
 
-from datamodules.episodes import UNFINISHED
+from datamodules.episodes import CHANNEL_ORDER, ENDS, UNFINISHED, finished_ends
 from mmtrain.config_errors import UserError
 
 ROWS_PER_CHUNK = 10_000  # of low-dimensional arrays, as released
-TEXT = "S16"  # fixed-width bytes of a fact such as `variation`
+TEXT = 16  # bytes of a fact such as `variation`
 
 
 class EpisodeWriter:
@@ -46,19 +46,21 @@ class EpisodeWriter:
             self.group.require_group(name)
         if attributes:
             self.group.attrs.update(json.loads(json.dumps(dict(attributes))))
-        if "meta/episode_ends" not in self.group:
-            self.group.create_array("meta/episode_ends", shape=(0,), chunks=(ROWS_PER_CHUNK,), dtype="int64")
-        ends = self.group["meta/episode_ends"][:]
+        if ENDS not in self.group:
+            self.group.create_array(ENDS, shape=(0,), chunks=(ROWS_PER_CHUNK,), dtype="int64")
+        ends = finished_ends(self.group)
         self.num_episodes, self.num_frames = len(ends), int(ends[-1]) if len(ends) else 0
         self._arrays: dict[str, zarr.Array] = {}
         for group, length in (("data", self.num_frames), ("meta", self.num_episodes)):
             for entry in sorted((self.path / group).glob("*/.zarray")):
                 name = f"{group}/{entry.parent.name}"
-                if self.num_episodes or name == "meta/episode_ends":
+                if self.num_episodes or name == ENDS:
                     self._arrays[name] = self._cut_off(name, length)
                 else:
                     del self.group[name]  # of a first episode that was cut off: the next says what streams there are
-        self._ends = self._arrays.pop("meta/episode_ends")
+        self._ends = self._arrays.pop(ENDS)
+        if not self.num_episodes:
+            self.group.attrs[CHANNEL_ORDER] = "rgb"
         if UNFINISHED in self.group.attrs:
             del self.group.attrs[UNFINISHED]
 
@@ -70,8 +72,8 @@ class EpisodeWriter:
                 [T, H, W, 3] RGB as uint8. Scalars go to `meta/KEY`: text or bytes of at most 16 characters, or numbers.
 
         Raises:
-            UserError: arrays of different length, an action that is not finite, or streams or shapes other than those
-                that the store has.
+            UserError: arrays of different length, a text that is too long, an action that is not finite, streams or
+                shapes other than those that the store has, or pictures for a store that does not say it is RGB.
         """
         rows = self._checked(episode)
         frames = next(len(values) for name, values in rows.items() if name.startswith("data/"))
@@ -98,7 +100,7 @@ class EpisodeWriter:
         for key, value in episode.items():
             values = np.asarray(value)
             if values.ndim == 0:
-                rows[f"meta/{key}"] = values.astype(TEXT if values.dtype.kind in "SU" else np.float64)[None]
+                rows[f"meta/{key}"] = self._fact(key, values)
             else:
                 rows[f"data/{key}"] = values
         lengths = {name: len(values) for name, values in rows.items() if name.startswith("data/")}
@@ -110,11 +112,23 @@ class EpisodeWriter:
             raise UserError(f"{where}: the action of frame {bad} is not finite")
         if self.num_episodes and (different := set(rows) ^ set(self._arrays)):
             raise UserError(f"{where}: its streams are not those of the store; on one side only: {sorted(different)}")
+        pictures = {name for name, values in rows.items() if values.dtype == np.uint8 and values.ndim == 4}
+        if pictures and self.group.attrs.get(CHANNEL_ORDER) != "rgb":
+            raise UserError(f"{self.path} does not say that its pictures are RGB: convert it first (`data convert`)")
         for name, array in self._arrays.items():
+            if (name in pictures) != (self._is_jpeg(array) or array.dtype == np.uint8):
+                raise UserError(f"{where}: {name} is {rows[name].dtype}, which the store's {array.dtype} cannot keep")
             if not self._is_jpeg(array) and rows[name].shape[1:] != array.shape[1:]:
                 found, expected = list(rows[name].shape[1:]), list(array.shape[1:])
                 raise UserError(f"{where}: {name} has {found} numbers a frame, in the store it has {expected}")
         return rows
+
+    def _fact(self, key: str, value: np.ndarray) -> np.ndarray:
+        if value.dtype.kind not in "SU":
+            return value.astype(np.float64)[None]
+        if np.char.str_len(value) > TEXT:
+            raise UserError(f"{self.path}: {key} {value.item()!r} is longer than {TEXT} characters")
+        return value.astype(f"S{TEXT}")[None]
 
     def _create(self, name: str, values: np.ndarray) -> zarr.Array:
         create = lambda dtype, chunks, tail, codec: self.group.create_array(  # noqa: E731

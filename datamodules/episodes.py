@@ -9,12 +9,17 @@ import numpy as np
 import zarr
 
 from datamodules.episode_pictures import PictureArray
+from mmtrain import marker_pca
 from mmtrain.config_errors import UserError, nearest
-from mmtrain.robot_tasks import FRAME_RATE
+from mmtrain.marker_pca import MarkerPca
+from mmtrain.robot_tasks import EMBEDDING, FRAME_RATE, MARKERS, sensor_of
 
 LabelLookahead = Literal["corrected", "reference"]
 SPLIT_SEED = 42  # of the released code; all training seeds share the split
+ENDS = "meta/episode_ends"
 UNFINISHED = "unfinished_from"  # store attribute: frames of finished episodes, while an episode is being appended
+CHANNEL_ORDER = "channel_order"  # store attribute: "rgb" where pictures are known to be; released stores have none
+EMBEDDING_TOLERANCE = 1e-4  # in normalised image units; embeddings are of order 0.1
 
 
 # --- windows and split (specification 1.8): pure functions over episode boundaries ---
@@ -139,7 +144,8 @@ class EpisodeStore:
         path: the zarr folder, or a folder that holds `replay_buffer.zarr`.
 
     Raises:
-        UserError: nothing is there, no `meta/episode_ends`, or ends that are not strictly increasing whole numbers.
+        UserError: nothing is there, another zarr format than 2, no `meta/episode_ends`, or ends that are not strictly
+            increasing whole numbers.
     """
 
     rate = FRAME_RATE
@@ -150,14 +156,16 @@ class EpisodeStore:
             self.group = zarr.open_group(self.path, mode="r")
         except (FileNotFoundError, KeyError, ValueError) as error:
             raise UserError(f"{self.path} is not a zarr store: it has no readable .zgroup") from error
+        if (found := self.group.metadata.zarr_format) != 2:
+            raise UserError(f"{self.path} is a zarr store of format {found}, expected format 2, as RDP's are")
         self.attributes: dict[str, Any] = dict(self.group.attrs)
         self.episode_ends = self._read_ends()
 
     def _read_ends(self) -> np.ndarray:
-        name = "meta/episode_ends"
+        name = ENDS
         if name not in self.group:
             raise UserError(f"{self.path}: no array {name}, so it is not known where episodes end")
-        ends = np.asarray(self.group[name][:])
+        ends = finished_ends(self.group)
         if ends.ndim != 1 or not np.issubdtype(ends.dtype, np.integer):
             raise UserError(
                 f"{self.path}: {name} is {ends.dtype} {list(ends.shape)}, expected whole numbers [episodes]"
@@ -193,8 +201,7 @@ class EpisodeStore:
 
     def where(self, frame: int) -> str:
         """ "episode E, frame F" of a frame of the buffer."""
-        episode = int(np.searchsorted(self.episode_ends, frame, side="right"))
-        return f"episode {episode}, frame {frame - (int(self.episode_ends[episode - 1]) if episode else 0)}"
+        return frame_name(frame, self.episode_ends)
 
     def array(self, key: str) -> zarr.Array:
         """The array `data/key`, not read, of at least as many frames as the episodes have.
@@ -224,11 +231,8 @@ class EpisodeStore:
         if not np.issubdtype(array.dtype, np.floating):
             raise UserError(f"{self.path}: data/{key} is {array.dtype}, expected float32")
         if array.shape[1:] != width:
-            hint = ""
-            if key.endswith("_marker_offset_emb"):
-                hint = "; released tools store the raw field there when their PCA does not fit: embed it anew"
             raise UserError(
-                f"{self.path}: data/{key} has {list(array.shape[1:])} numbers a frame, expected {list(width)}{hint}"
+                f"{self.path}: data/{key} has {list(array.shape[1:])} numbers a frame, expected {list(width)}"
             )
         values = np.asarray(array[: self.num_frames], dtype=np.float32)
         self._check_finite(key, values)
@@ -254,20 +258,28 @@ class EpisodeStore:
         """The pictures `data/key`, none of them read.
 
         Args:
-            bgr: the three channels are stored blue first (released stores, RealSense cameras only).
+            bgr: see `is_blue_first`.
 
         Raises:
             UserError: the array is missing, or does not hold uint8 [N, H, W, 3] or JPEG files.
         """
-        return PictureArray(self.array(key), self.path / "data" / key, bgr)
+        return PictureArray(self.array(key), self.path / "data" / key, self.is_blue_first(key, bgr))
 
-    def pca(self, sensor: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Components [2n, 15] and mean [2n] of a sensor's marker embedding, or None where the store has none."""
+    def is_blue_first(self, key: str, bgr: bool = True) -> bool:
+        """Whether to turn the pictures `data/key` round to have RGB.
+
+        Args:
+            bgr: cameras are blue first where the store does not say its order. That is so in the released stores; all
+                that `EpisodeWriter` writes say that they are RGB. Tactile pictures never are blue first.
+        """
+        return bgr and sensor_of(key) is None and self.attributes.get(CHANNEL_ORDER) != "rgb"
+
+    def pca(self, sensor: str) -> MarkerPca | None:
+        """The matrix that made a sensor's marker embedding, its sizes not checked; None where the store has none."""
         names = [f"pca/{sensor}/{part}" for part in ("components", "mean")]
         if any(name not in self.group for name in names):
             return None
-        components, mean = (np.asarray(self.group[name][...]) for name in names)
-        return components, mean
+        return MarkerPca(*(np.asarray(self.group[name][...]) for name in names))
 
     def check_lengths(self, shortest: int) -> None:
         """Every episode must have at least `shortest` stored frames.
@@ -282,6 +294,18 @@ class EpisodeStore:
                 f"({len(short)} of {len(lengths)} episodes are too short): padding may repeat one end of an episode, "
                 "not stand for a whole one; take such episodes out"
             )
+
+
+def finished_ends(group: zarr.Group) -> np.ndarray:
+    """`meta/episode_ends`, without the 0 of a writer that was killed between making a place and filling it."""
+    ends = np.asarray(group[ENDS][:])
+    return ends[:-1] if UNFINISHED in group.attrs and len(ends) and ends[-1] == 0 else ends
+
+
+def frame_name(frame: int, episode_ends: np.ndarray) -> str:
+    """ "episode E, frame F" of a frame of the buffer."""
+    episode = int(np.searchsorted(episode_ends, frame, side="right"))
+    return f"episode {episode}, frame {frame - (int(episode_ends[episode - 1]) if episode else 0)}"
 
 
 def store_path(path: str | Path) -> Path:
@@ -306,3 +330,29 @@ def missing_streams(store: EpisodeStore, widths: Mapping[str, int], pictures: It
         if key in store.keys and (found := tuple(store.group[f"data/{key}"].shape[1:])) != (width,):
             lacking.append(f"data/{key} has {list(found)} numbers a frame, not [{width}]")
     return lacking
+
+
+def check_embedding(store: EpisodeStore, key: str, count: int) -> None:
+    """Embeddings of `count` frames, spread evenly, must be what the store's own PCA makes; a store without one passes.
+
+    Raises:
+        UserError: they differ, or the matrix does not fit the sensor or the embedding.
+    """
+    sensor, fields = sensor_of(key), key.removesuffix("_emb")
+    if sensor is None or fields not in store.keys or (matrix := store.pca(sensor)) is None:
+        return
+    markers = int(np.prod(MARKERS[sensor]))
+    matrix = marker_pca.check(matrix, markers, EMBEDDING, f"{store.path}: pca/{sensor}")
+    offsets, embeddings = store.array(fields), store.array(key)
+    if offsets.shape[1:] != (markers, 2):
+        raise UserError(
+            f"{store.path}: data/{fields} has {list(offsets.shape[1:])} numbers a frame, expected {[markers, 2]} for a "
+            f"{sensor}"
+        )
+    frames = np.unique(np.linspace(0, store.num_frames - 1, count).astype(int))
+    errors = np.abs(marker_pca.embed(matrix, offsets.oindex[frames]) - embeddings.oindex[frames]).max(axis=1)
+    if (bad := np.flatnonzero(~(errors <= EMBEDDING_TOLERANCE))).size:  # NaN is one
+        raise UserError(
+            f"{store.path}: data/{key} at {store.where(int(frames[bad[0]]))} is not the embedding of data/{fields} by "
+            f"pca/{sensor} (off by {errors[bad[0]]:.2g}): it was made with another matrix; embed the offsets anew"
+        )

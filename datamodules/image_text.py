@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datamodules.benchmarks import benchmark_sets
 from datamodules.evaluation_sets import EvaluationSet
-from datamodules.loading import Draw, EvaluationLoader, TrainLoader
+from datamodules.loading import Draw, EvaluationLoader, TrainLoader, place
 from datamodules.pictures import Pictures
 from datamodules.sources import Columns, CsvSource, Sample, ShardSource, Source, UnusableSample, is_csv
 from datamodules.subset import NestedSubset
@@ -247,7 +247,7 @@ class ImageTextDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             shard_starts=self.train_source.shard_starts,
             **self.loading,
-            **self._place(),
+            **place(self.trainer),
         )
 
     def val_dataloader(self) -> list[EvaluationLoader]:
@@ -261,7 +261,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         dataset = self._evaluation_dataset(name)
         identity = f"{name} {chosen} {self.pictures}"
         return EvaluationLoader(
-            dataset, self.eval_batch_size, num_workers=self.num_workers, identity=identity, **self._place()
+            dataset, self.eval_batch_size, num_workers=self.num_workers, identity=identity, **place(self.trainer)
         )
 
     def _evaluation_dataset(self, name: str) -> ImageTextDataset:
@@ -274,10 +274,3 @@ class ImageTextDataModule(pl.LightningDataModule):
         count = min(count, len(dataset))
         samples = [i * len(dataset) // count for i in range(count)]
         return dataset[[Draw(sample, 0, 0, sample) for sample in samples]]
-
-    def _place(self) -> dict[str, Any]:
-        trainer = self.trainer
-        if trainer is None:
-            return {"rank": 0, "world_size": 1}
-        on_gpu = trainer.strategy.root_device.type == "cuda"
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": on_gpu}

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -235,6 +236,14 @@ class EvaluationLoader:
         for batch in loader:
             self.counts.update(batch.pop("skipped"))
             yield batch
+
+
+def place(trainer: pl.Trainer | None) -> dict[str, Any]:
+    """This process among all, and whether to pin memory, as arguments of a loader; without a trainer it is alone."""
+    if trainer is None:
+        return {"rank": 0, "world_size": 1}
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": on_gpu}
 
 
 def _dataloader(dataset: Dataset, batches: Any, num_workers: int, pin_memory: bool) -> DataLoader:

@@ -21,10 +21,8 @@ from datamodules.episodes import EpisodeStore
 from mmtrain import marker_pca
 from mmtrain.config_errors import UserError
 from mmtrain.marker_pca import MarkerPca
-from mmtrain.robot_tasks import EMBEDDING, FRAME_RATE, MARKERS
+from mmtrain.robot_tasks import EMBEDDING, FRAME_RATE, MARKERS, sensor_of
 
-CAMERAS = ("external_img", "left_wrist_img", "right_wrist_img")  # RealSense: stored blue first
-SENSORS = {"gripper1": "gelsight", "gripper2": "mctac"}
 EMBEDDED = "_marker_offset_emb"
 RATE_TOLERANCE = 0.2  # of the frame rate, within which a stored time is trusted
 PCA_FRAMES = 30_000  # presses that a PCA is fitted on at most
@@ -75,7 +73,8 @@ def convert(
     Args:
         pca: files of marker PCAs (`marker_pca.save`); each tells its sensor by its size, and all embeddings of that
             sensor are made anew.
-        cameras_bgr: the RealSense pictures of `released` are blue first, as the released recorder leaves them.
+        cameras_bgr: the RealSense pictures of `released` are blue first, as the released recorder leaves them, unless
+            the store says that they are RGB.
         jpeg_quality: see `EpisodeWriter`.
         on_episode: called with (episodes done, episodes in all) at the start and after each.
 
@@ -98,7 +97,8 @@ def convert(
             )
     out.parent.mkdir(parents=True, exist_ok=True)
     writer = EpisodeWriter(part, attributes, jpeg_quality)
-    for sensor, matrix in matrices.items():
+    own = {sensor: matrix for sensor in MARKERS if (matrix := store.pca(sensor)) is not None}
+    for sensor, matrix in (own | matrices).items():
         writer.write_pca(sensor, *matrix)
     report = on_episode or (lambda done, total: None)
     report(writer.num_episodes, store.num_episodes)
@@ -127,13 +127,13 @@ def plan(store: EpisodeStore, matrices: Mapping[str, MarkerPca], cameras_bgr: bo
                 f"{store.path}: data/{key} is {array.dtype} {list(array.shape)}, expected numbers or pictures"
             )
         elif key.endswith(EMBEDDED):
-            if (sensor := _sensor(key)) in matrices and key.removesuffix("_emb") in store.keys:
+            if (sensor := sensor_of(key)) in matrices and key.removesuffix("_emb") in store.keys:
                 continue  # made anew, below
             kept.append(_check_embedding(store, key, array.shape[1:], sensor))
         elif key != "timestamp":
             numbers.append(key)
             if key.endswith("_marker_offset"):
-                sensor = _sensor(key)
+                sensor = sensor_of(key)
                 if sensor in matrices:
                     _check_fields(store, key, array.shape[1:], matrices[sensor])
                     built[f"{key}_emb"] = sensor
@@ -146,7 +146,7 @@ def plan(store: EpisodeStore, matrices: Mapping[str, MarkerPca], cameras_bgr: bo
     return Plan(
         time=_distrust(store),
         pictures=tuple(pictures),
-        bgr=tuple(key for key in pictures if cameras_bgr and key in CAMERAS),
+        bgr=tuple(key for key in pictures if store.is_blue_first(key, cameras_bgr)),
         numbers=tuple(numbers),
         kept=tuple(kept),
         built=built,
@@ -211,7 +211,7 @@ def fit_pca(store: EpisodeStore, sensor: str | None = None) -> tuple[str, Marker
     Raises:
         UserError: no marker field, or fields of several sensors and none named.
     """
-    fields = {key: found for key in store.keys if key.endswith("_marker_offset") and (found := _sensor(key))}
+    fields = {key: found for key in store.keys if key.endswith("_marker_offset") and (found := sensor_of(key))}
     present = sorted(set(fields.values()))
     if sensor is None and len(present) == 1:
         sensor = present[0]
@@ -224,11 +224,6 @@ def fit_pca(store: EpisodeStore, sensor: str | None = None) -> tuple[str, Marker
     stacked = stacked[np.unique(np.linspace(0, len(stacked) - 1, PCA_FRAMES).astype(int))]
     matrix = marker_pca.fit(stacked)
     return sensor, matrix, float(marker_pca.explained_ratio(matrix, stacked).sum())
-
-
-def _sensor(key: str) -> str | None:
-    """Which sensor a stream belongs to, by its name."""
-    return next((sensor for part, sensor in SENSORS.items() if f"_{part}_" in key), None)
 
 
 def _check_embedding(store: EpisodeStore, key: str, tail: tuple[int, ...], sensor: str | None) -> str:

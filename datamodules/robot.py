@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from rich.progress import track
 from datamodules.closed_loop import ClosedLoopLoader, closed_loop_items
 from datamodules.episode_writer import EpisodeWriter
 from datamodules.episodes import EpisodeStore, LabelLookahead, split_episodes
-from datamodules.loading import EvaluationLoader, TrainLoader
+from datamodules.loading import EvaluationLoader, TrainLoader, place
 from datamodules.robot_windows import RobotWindows, WindowDataset
 from mmtrain.config_errors import UserError
 from mmtrain.normaliser import Affine
@@ -59,7 +60,8 @@ class RobotDataModule(pl.LightningDataModule):
         seed: of the order of the windows.
         label_lookahead: at 12 frames a second, "corrected" labels are one step of 1/12 s ahead, "reference" ones half a
             step, as in the released code (see `datamodules.episodes.downsample`).
-        bgr: the store's cameras are blue first, as in the released stores.
+        bgr: cameras of a store that does not say its order are blue first: the released ones. What `data convert` and
+            simulations write says that it is RGB, and is read so with either setting.
         images: False leaves pictures out of the batches, and the store needs none (tokenizers see no pictures).
         quantile: in (0, 0.5), limits of touch and widths for the normaliser from quantiles, against single outliers.
         demonstrations: a `DemonstrationSource`; with it `test` runs closed-loop episodes in place of the validation
@@ -108,8 +110,10 @@ class RobotDataModule(pl.LightningDataModule):
         self.variations = list(VARIATIONS[task] if variations is None else variations)
         if bad := [name for name in self.variations if name not in VARIATIONS[task]]:
             raise UserError(f"variations: {bad[0]} is not one of task {task}, which has {list(VARIATIONS[task])}")
+        if not self.variations:
+            raise UserError(f"variations: there is none; null takes all of task {task}, episodes: 0 tests on windows")
         if episodes < 0:
-            raise UserError(f"episodes: {episodes}, must be 1 or more")
+            raise UserError(f"episodes: {episodes}, must be 1 or more, or 0 to test on the validation windows")
         if label_lookahead not in ("corrected", "reference"):
             raise UserError(f"label_lookahead: {label_lookahead} is not known: corrected or reference")
         self.evaluation_sets: dict[str, dict[str, Any]] = {}
@@ -178,11 +182,6 @@ class RobotDataModule(pl.LightningDataModule):
         """Mean score of the demonstrations that the store was made from; 1.0 where it is not known."""
         return 1.0 if self.windows is None else float(self.windows.store.attributes.get("mean_score", 1.0))
 
-    @property
-    def image_sizes(self) -> dict[str, tuple[int, int]]:
-        """Height and width of each camera's pictures, after `setup`."""
-        return {key: array.size for key, array in self._opened().pictures.items()}
-
     def _opened(self) -> RobotWindows:
         if self.windows is None:
             raise UserError("the data module is not set up: call prepare_data and setup first")
@@ -208,7 +207,7 @@ class RobotDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         dataset = WindowDataset(self._opened(), self.train_windows)
-        return TrainLoader(dataset, self.batch_size, self.seed, num_workers=self.num_workers, **self._place())
+        return TrainLoader(dataset, self.batch_size, self.seed, num_workers=self.num_workers, **place(self.trainer))
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         if not len(self.validation_windows):
@@ -217,38 +216,39 @@ class RobotDataModule(pl.LightningDataModule):
         identity = f"{self.path} {self.spec} {self.reading}"
         return [
             EvaluationLoader(
-                dataset, self.eval_batch_size, num_workers=self.num_workers, identity=identity, **self._place()
+                dataset, self.eval_batch_size, num_workers=self.num_workers, identity=identity, **place(self.trainer)
             )
         ]
 
     def test_dataloader(self) -> list[ClosedLoopLoader] | list[EvaluationLoader]:
         if not self.has_closed_loop:
             return self.val_dataloader()
-        place = {name: value for name, value in self._place().items() if name != "pin_memory"}
-        return [ClosedLoopLoader(self.variations, self.episodes, self.evaluation_seed, **place)]
+        where = {name: value for name, value in place(self.trainer).items() if name != "pin_memory"}
+        return [ClosedLoopLoader(self.variations, self.episodes, self.evaluation_seed, **where)]
 
     predict_dataloader = val_dataloader
 
-    def _place(self) -> dict[str, Any]:
-        trainer = self.trainer
-        if trainer is None:
-            return {"rank": 0, "world_size": 1}
-        on_gpu = trainer.strategy.root_device.type == "cuda"
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": on_gpu}
-
 
 def write_demonstrations(path: Path, demonstrations: DemonstrationSource) -> None:
-    """Write a store with all episodes, to a part folder first, so that `path` is never half a store."""
-    part = path.with_name(f"{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    """Write a store with all episodes, to a folder of its own first, so that `path` is never half a store.
+
+    Of several processes that do so at a time, such as runs of other seeds, the first one's store stays.
+    """
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    writer = EpisodeWriter(part, {"source": demonstrations.describe()})
-    episodes = track(demonstrations.episodes(), f"demonstrations for {path}", total=len(demonstrations))
-    for episode in episodes:
-        writer.append(episode)
-    if hasattr(demonstrations, "pca"):
-        for sensor, (components, mean) in demonstrations.pca().items():
-            writer.write_pca(sensor, components, mean)
-    if hasattr(demonstrations, "mean_score"):
-        writer.group.attrs["mean_score"] = float(demonstrations.mean_score())
-    part.rename(path)
+    try:
+        writer = EpisodeWriter(part, {"source": demonstrations.describe()})
+        episodes = track(demonstrations.episodes(), f"demonstrations for {path}", total=len(demonstrations))
+        for episode in episodes:
+            writer.append(episode)
+        if hasattr(demonstrations, "pca"):
+            for sensor, (components, mean) in demonstrations.pca().items():
+                writer.write_pca(sensor, components, mean)
+        if hasattr(demonstrations, "mean_score"):
+            writer.group.attrs["mean_score"] = float(demonstrations.mean_score())
+        part.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -9,6 +9,7 @@ import torch
 from datamodules.episodes import (
     EpisodeStore,
     LabelLookahead,
+    check_embedding,
     downsample,
     missing_streams,
     window_indices,
@@ -17,15 +18,12 @@ from datamodules.episodes import (
 from datamodules.loading import Draw
 from mmtrain import poses
 from mmtrain.config_errors import UserError
-from mmtrain.marker_pca import MarkerPca, check, embed
 from mmtrain.normaliser import Affine, action_limits, limits
 from mmtrain.robot_observations import base_pose, cut, relative_observation, stored_width
-from mmtrain.robot_tasks import ARMS, MARKERS, OBJECT_POSE, PolicySpec, policy_spec
+from mmtrain.robot_tasks import ARMS, OBJECT_POSE, PolicySpec, policy_spec
 
 STATISTICS_CHUNK = 4096  # windows at a time
 CHECKED_FRAMES = 8  # whose embedding is computed anew, and must be the stored one
-EMBEDDING_TOLERANCE = 1e-4  # in normalised image units; embeddings are of order 0.1
-SENSORS = {"gripper1": "gelsight", "gripper2": "mctac"}
 
 
 class RobotWindows:
@@ -34,7 +32,7 @@ class RobotWindows:
     Args:
         label_lookahead: of `datamodules.episodes.downsample`; matters at 12 frames a second only.
         images: read pictures; False leaves them out of the batches.
-        bgr: cameras are stored blue first (the released RealSense stores); tactile pictures never are.
+        bgr: cameras of a store that does not say its order are blue first: `EpisodeStore.is_blue_first`.
         quantile: of the limits of touch and widths, see `mmtrain.normaliser.limits`.
 
     Attributes:
@@ -67,10 +65,8 @@ class RobotWindows:
         }
         for key in widths:
             if key.endswith("_marker_offset_emb"):
-                check_embedding(store, key)
-        self.pictures = {
-            key: store.pictures(key, bgr and "_gripper" not in key) for key in (spec.images if images else ())
-        }
+                check_embedding(store, key, CHECKED_FRAMES)
+        self.pictures = {key: store.pictures(key, bgr) for key in (spec.images if images else ())}
         geometry = (ends, spec.horizon, spec.pad_before, spec.pad_after)
         self.index = window_indices(*geometry)
         self.episode = window_starts(*geometry)[2]
@@ -170,7 +166,7 @@ def check_streams(store: EpisodeStore, spec: PolicySpec, images: bool) -> None:
     tasks = [task for task in ARMS if task != spec.task and not missing_streams(store, *_base_streams(task))]
     hint = f"; its streams are those of task {' or '.join(tasks)}" if tasks else ""
     if any("_marker_offset_emb has" in line for line in lacking):
-        hint += "; the released tools store the raw marker field where their PCA does not fit: embed it anew"
+        hint += "; the released tools store the raw marker field where their PCA does not fit: `data convert` mends it"
     elif not tasks and spec.vision == "pose" and OBJECT_POSE not in store.keys:
         hint = f"; vision: pose needs a simulated store, which has {OBJECT_POSE}"
     elif not tasks and spec.vision == "camera" and OBJECT_POSE in store.keys:
@@ -188,31 +184,3 @@ def _needed(spec: PolicySpec, images: bool) -> tuple[dict[str, int], tuple[str, 
 
 def _base_streams(task: str) -> tuple[dict[str, int], tuple[str, ...]]:
     return _needed(policy_spec(task, "none", "dp"), images=False)
-
-
-def check_embedding(store: EpisodeStore, key: str) -> None:
-    """Stored embeddings of a few frames must be those that the store's own PCA gives; a store without one passes.
-
-    Raises:
-        UserError: they differ, or the matrix does not fit the sensor.
-    """
-    sensor = next(sensor for gripper, sensor in SENSORS.items() if gripper in key)
-    offset_key = key.removesuffix("_emb")
-    matrix = store.pca(sensor)
-    if matrix is None or offset_key not in store.keys:
-        return
-    rows, columns = MARKERS[sensor]
-    pca = check(MarkerPca(*matrix), markers=rows * columns, where=f"{store.path}: pca/{sensor}")
-    embeddings, offsets = store.array(key), store.array(offset_key)
-    if offsets.shape[1:] != (rows * columns, 2):
-        raise UserError(
-            f"{store.path}: data/{offset_key} has {list(offsets.shape[1:])} numbers a frame, "
-            f"expected {[rows * columns, 2]} for a {sensor}"
-        )
-    for frame in np.linspace(0, store.num_frames - 1, CHECKED_FRAMES).astype(int):
-        error = np.abs(embed(pca, np.asarray(offsets[frame])) - np.asarray(embeddings[frame])).max()
-        if not error <= EMBEDDING_TOLERANCE:
-            raise UserError(
-                f"{store.path}: data/{key} at {store.where(frame)} is not the embedding of data/{offset_key} by "
-                f"pca/{sensor} (off by {error:.2g}): it was made with another matrix; embed the offsets anew"
-            )

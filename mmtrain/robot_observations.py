@@ -23,7 +23,10 @@ def stored_width(key: str) -> int:
     Raises:
         KeyError: not a stream of the layout.
     """
-    return next(width for ending, width in STORED_WIDTHS.items() if key.endswith(ending))
+    for ending, width in STORED_WIDTHS.items():
+        if key.endswith(ending):
+            return width
+    raise KeyError(key)
 
 
 def cut(key: str, values: np.ndarray, width: int) -> np.ndarray:

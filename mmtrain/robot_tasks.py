@@ -16,6 +16,7 @@ Vision = Literal["camera", "pose", "none"]
 
 FRAME_RATE = 24  # frames a second of every store
 MARKERS = {"gelsight": (7, 9), "mctac": (5, 5)}  # rows, columns
+GRIPPER_SENSORS = {1: "gelsight", 2: "mctac"}  # number in `SIDE_gripperN_...`
 EMBEDDING = 15  # principal components of a marker field
 WRENCH = 6
 ARMS = {"peel": ("left",), "wipe": ("left",), "lift": ("left", "right")}
@@ -93,6 +94,15 @@ class PolicySpec:
     def touch_dim(self) -> int:
         """Width of all decoder inputs together."""
         return sum(self.touch_inputs.values())
+
+
+def sensor_of(key: str) -> str | None:
+    """The tactile sensor that a stream comes from, by its name; None for a stream of none.
+
+    >>> sensor_of("left_gripper2_marker_offset"), sensor_of("left_robot_gripper_width")
+    ('mctac', None)
+    """
+    return next((sensor for number, sensor in GRIPPER_SENSORS.items() if f"_gripper{number}_" in key), None)
 
 
 def policy_spec(

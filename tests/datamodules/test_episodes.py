@@ -4,7 +4,9 @@ from pathlib import Path
 import numcodecs
 import numpy as np
 import pytest
+import torch
 import zarr
+from torchvision.io import encode_jpeg
 
 from datamodules.episode_pictures import PictureArray
 from datamodules.episode_writer import EpisodeWriter
@@ -125,7 +127,9 @@ def test_pictures_come_back_in_any_order_and_as_rgb(tmp_path, kind, monkeypatch)
     expected = stored[frames].transpose(0, 1, 4, 2, 3)
     tolerance = 8 if kind == "jpeg" else 0
     assert np.abs(read.astype(int) - expected).max() <= tolerance
-    flipped = store.pictures(CAMERA, bgr=True).read(frames)
+    np.testing.assert_array_equal(store.pictures(CAMERA, bgr=True).read(frames), read)  # the store says it is RGB
+    del zarr.open_group(path, mode="a").attrs["channel_order"]
+    flipped = EpisodeStore(path).pictures(CAMERA, bgr=True).read(frames)
     np.testing.assert_array_equal(flipped, read[:, :, ::-1])
 
 
@@ -152,13 +156,14 @@ def _refuse_pictures(function, array, positional, named):
     return function(array, *positional, **named)
 
 
-def test_an_interrupted_episode_does_not_count(tmp_path, monkeypatch):
+@pytest.mark.parametrize("has_made_place", [False, True])
+def test_an_interrupted_episode_does_not_count(tmp_path, monkeypatch, has_made_place):
     path = tmp_path / "a.zarr"
     for finished in ((), (40,), (40, 35)):  # the first episode may be cut off too
         writer = EpisodeWriter(path)
         assert writer.num_episodes == len(finished)
         with monkeypatch.context() as patch:
-            patch.setattr(zarr.Array, "append", _fail_at_ends(zarr.Array.append))
+            patch.setattr(zarr.Array, "append", _fail_at_ends(zarr.Array.append, has_made_place))
             with pytest.raises(KeyboardInterrupt):
                 writer.append(episode(50, sum(finished)))
         if finished:
@@ -172,9 +177,11 @@ def test_an_interrupted_episode_does_not_count(tmp_path, monkeypatch):
     assert len(store.facts("variation")) == 3
 
 
-def _fail_at_ends(append):
+def _fail_at_ends(append, has_made_place):
     def fail(array, values):
         if array.path.endswith("episode_ends"):
+            if has_made_place:
+                array.resize((array.shape[0] + 1,))
             raise KeyboardInterrupt
         return append(array, values)
 
@@ -235,6 +242,9 @@ def test_what_is_no_store_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="not a zarr store of format 2"):
         EpisodeWriter(tmp_path)
+    zarr.open_group(tmp_path / "three", mode="w", zarr_format=3)
+    with pytest.raises(UserError, match="three is a zarr store of format 3, expected format 2"):
+        EpisodeStore(tmp_path / "three")
     write(tmp_path / "released" / "replay_buffer.zarr")
     assert EpisodeStore(tmp_path / "released").num_episodes == 2
 
@@ -258,6 +268,11 @@ def test_pictures_of_another_kind_are_refused(tmp_path):
     assert isinstance(film, PictureArray)
     with pytest.raises(UserError, match="frame 3 is not a JPEG file"):
         film.read(np.array([3]))
+    for frame, size in ((0, (8, 16)), (1, (16, 8))):
+        files[frame] = encode_jpeg(torch.zeros(3, *size, dtype=torch.uint8)).numpy().tobytes()
+    group["data/film"][:] = files
+    with pytest.raises(UserError, match=r"frame 1 is a picture of \[16, 8\] pixels, others of \[8, 16\]"):
+        store.pictures("film").read(np.array([0, 1]))
 
 
 def test_the_writer_refuses_an_episode_that_does_not_fit(tmp_path):
@@ -273,4 +288,15 @@ def test_the_writer_refuses_an_episode_that_does_not_fit(tmp_path):
     bad["action"][7, 1] = np.inf
     with pytest.raises(UserError, match=r"episode 1: the action of frame 7 is not finite"):
         writer.append(bad)
+    with pytest.raises(UserError, match=r"variation 'before and after.' is longer than 16 characters"):
+        writer.append(episode(40) | {"variation": "before and after."})
     assert EpisodeStore(tmp_path / "a.zarr").num_episodes == 1
+
+
+def test_the_writer_keeps_rgb_bytes_only_and_only_where_the_store_says_so(tmp_path):
+    path = write(tmp_path / "a.zarr", with_pictures=True)
+    with pytest.raises(UserError, match=r"data/left_wrist_img is float64, which the store's uint8 cannot keep"):
+        EpisodeWriter(path).append(episode(40, **{CAMERA: pictures(40) / 255}))
+    del zarr.open_group(path, mode="a").attrs["channel_order"]  # as released: the cameras are blue first
+    with pytest.raises(UserError, match=r"does not say that its pictures are RGB: convert it first"):
+        EpisodeWriter(path).append(episode(40, **{CAMERA: pictures(40)}))

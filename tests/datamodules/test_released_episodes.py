@@ -124,11 +124,12 @@ def test_facts_of_episodes_and_a_repeated_conversion_keep_everything(tmp_path, g
     group.create_array("meta/variation", data=np.array([b"none", b"before", b"after"]))
     convert(path, tmp_path / "once", [gelsight])
     assert EpisodeStore(tmp_path / "once").facts("variation").tolist() == [b"none", b"before", b"after"]
-    what = convert(tmp_path / "once", tmp_path / "twice", cameras_bgr=False)
-    assert what.time is None and what.kept == (EMBEDDING,)
+    what = convert(tmp_path / "once", tmp_path / "twice")  # says that it is RGB: nothing is turned round again
+    assert what.time is None and what.kept == (EMBEDDING,) and what.bgr == ()
     once, twice = EpisodeStore(tmp_path / "once"), EpisodeStore(tmp_path / "twice")
     for key in once.keys:
         np.testing.assert_array_equal(once.array(key)[:], twice.array(key)[:])
+    np.testing.assert_array_equal(once.pca("gelsight").components, twice.pca("gelsight").components)
 
 
 def test_matrices_that_do_not_fit_are_refused(tmp_path, released, gelsight):

@@ -101,19 +101,25 @@ def test_diffusion_policy_has_12_frames_a_second_and_its_labels_so_far_ahead(sto
     np.testing.assert_array_equal(batch["action"][0], target[labels])
 
 
-def test_pictures_are_those_of_the_observed_frames(stores):
+def test_pictures_are_those_of_the_observed_frames(stores, tmp_path):
     peel = stores["peel"]
-    for bgr in (False, True):
-        module = opened(peel, "peel", "image", "dp", bgr=bgr)
+    silent = shutil.copytree(peel, tmp_path / "silent.zarr")
+    del zarr.open_group(silent, mode="a").attrs["channel_order"]  # as in the released stores
+    for path, bgr, is_turned in (
+        (peel, False, False),
+        (peel, True, False),
+        (silent, False, False),
+        (silent, True, True),
+    ):
+        module = opened(path, "peel", "image", "dp", bgr=bgr)
         batch = next(iter(module.train_dataloader()))
         frames = module.windows.frames[module.windows.index[batch["id"]][:, [0, 1]]]
         for place, key in enumerate(("left_gripper1_img", "left_wrist_img")):
             colour = np.stack([frames % 256, frames // 100, np.full_like(frames, 10 * (place + 1))], axis=-1)
-            colour = colour[..., ::-1] if bgr and key == "left_wrist_img" else colour  # tactile pictures never
+            colour = colour[..., ::-1] if is_turned and key == "left_wrist_img" else colour  # tactile pictures never
             pictures = batch["observation"][key]
             assert pictures.dtype == torch.uint8 and pictures.shape == (16, 2, 3, 12, 16)
             np.testing.assert_array_equal(pictures[..., 5, 7], colour)
-    assert module.image_sizes == {"left_gripper1_img": (12, 16), "left_wrist_img": (12, 16)}
     assert "left_wrist_img" not in opened(peel, "peel", images=False).windows.gather(np.array([0]))["observation"]
 
 
@@ -202,6 +208,8 @@ def test_test_runs_closed_loop_with_demonstrations_and_windows_without(wipe):
         assert module.loader_names == ["validation"] and "action" in next(iter(module.test_dataloader()[0]))
     with pytest.raises(UserError, match=r"variations: hard is not one of task wipe"):
         RobotDataModule(str(wipe), "wipe", variations=["hard"])
+    with pytest.raises(UserError, match=r"variations: there is none; null takes all of task wipe"):
+        RobotDataModule(str(wipe), "wipe", variations=[])
 
 
 def test_a_store_is_made_whole_or_not_at_all(tmp_path):
@@ -225,6 +233,20 @@ def test_a_store_is_made_whole_or_not_at_all(tmp_path):
         opened(path, "wipe", demonstrations=other)
 
 
+def test_of_two_that_make_a_store_at_a_time_the_first_one_s_stays(tmp_path):
+    path = tmp_path / "store"
+
+    class Overtaken(SyntheticDemonstrations):
+        def episodes(self):
+            first, *rest = super().episodes()
+            yield first
+            RobotDataModule(str(path), "wipe", demonstrations=SyntheticDemonstrations("wipe")).prepare_data()
+            yield from rest
+
+    module = opened(path, "wipe", demonstrations=Overtaken("wipe"), vision="pose")
+    assert module.windows.store.num_episodes == 4 and [p.name for p in tmp_path.iterdir()] == ["store"]
+
+
 def spoil(path: Path, name: str, change) -> None:
     group = zarr.open_group(path, mode="a")
     group.create_array(name, data=np.ascontiguousarray(change(group[name][:])), overwrite=True)
@@ -234,6 +256,10 @@ BAD_STORES = {
     "another matrix": (
         lambda p: spoil(p, "pca/gelsight/components", lambda c: c[:, ::-1].copy()),
         "episode 0, frame 0",
+    ),
+    "fewer components": (
+        lambda p: spoil(p, "pca/gelsight/components", lambda c: c[:, :10]),
+        r"pca/gelsight: components \(126, 10\) .* components \(126, 15\) expected",
     ),
     "another sensor": (lambda p: spoil(p, "pca/gelsight/components", lambda c: c[:50]), r"pca/gelsight: components"),
     "raw field": (

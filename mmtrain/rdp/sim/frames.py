@@ -5,11 +5,10 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from mmtrain.robot_tasks import MARKERS
+from mmtrain.robot_tasks import GRIPPER_SENSORS, MARKERS
 
 CAMERA_DELAY, GELSIGHT_DELAY, MCTAC_DELAY = 2, 2, 1  # frames of 1/24 s; wrench, poses and gripper come at once
 SENSOR_DELAY = {"gelsight": GELSIGHT_DELAY, "mctac": MCTAC_DELAY}
-GRIPPER_SENSORS = {1: "gelsight", 2: "mctac"}  # number in `SIDE_gripperN_...`
 FORCE_NOISE, TORQUE_NOISE = 0.3, 0.01  # N, N m: standard deviation of white noise on each reading
 FORCE_DRIFT, TORQUE_DRIFT = 0.2, 0.005  # N, N m: standard deviation that the slow drift settles at
 DRIFT_MEMORY = 1 - 1 / 240  # per frame: forgets within about 10 s
