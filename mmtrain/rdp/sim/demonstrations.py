@@ -17,7 +17,7 @@ from mmtrain.robot_tasks import ARMS, FRAME_RATE, MARKERS, POSE_DIM, TACTILE_IMA
 
 Mode = Literal["tactar", "vr_only"]
 
-WORLD = 1  # raise it with every change of worlds or experts: stores made before are then refused
+WORLD = 2  # raise it with every change of worlds or experts: stores made before are then refused
 EPISODE_SEEDS = 1000  # episodes that one seed can number
 EVALUATION_SEEDS = 100_000  # evaluation numbers its episodes from here on
 PICTURE = 64  # pixels of a tactile picture's side

@@ -23,10 +23,9 @@ PEEL_FORCE = (3.0, 12.0)  # N, mean of a frame: a strip grows
 WEAK_FORCE, WEAK_FRAMES = 1.5, 3  # N: a strip breaks after so many frames below
 DIG_FORCE, STUCK_FRAMES = 18.0, 2 * FRAME_RATE  # N: the blade digs in and is stuck for so many frames
 TAKE_UP = 0.005  # m beyond its end up to which a broken strip can be taken up again
+FINISHED = 0.003  # m from the end of the length: who has peeled there has finished
 FASTEST = 0.01  # m a frame: a blade that jumps does not cut
 HALF_WIDTH = 0.02  # m of the blade's edge to either side
-CLEAR = 0.02  # m above the surface at which a finished episode ends
-FINISHED = 0.01  # m from the end of the length: who peels there and leaves has finished
 BLADE_RADIUS = 0.005
 HOME = (-0.05, 0.0, 0.15)  # TCP at the start, m; the middle of the cucumber's axis is at the origin
 SPREAD_POSITION, SPREAD_ANGLE = 0.03, 0.2  # of the cucumber's pose: m and rad, uniform on either side
@@ -115,8 +114,8 @@ class PeelEnv(ContactEnv):
     thickness can be seen in it. Perturbations: "before" moves the cucumber 15 to 30 mm towards the blade or away from
     it once they are closer than 45 mm; "after" moves it away by as much after 12 to 60 frames of contact, so that
     contact breaks; both also move it up to 10 mm aside and turn it up to 0.1 rad about each axis, within 0.5 and 0.4 s.
-    The episode ends when the blade has left after peeling the end of the length, when the true force passes 30 N, or at
-    the time limit. `info` also has `gap` (m, see `Place`), for scripted operators who watch, and `stuck`.
+    The episode ends when the end of the length is peeled, when the true force passes 30 N, or at the time limit. `info`
+    also has `gap` (m, see `Place`), for scripted operators who watch, and `stuck`.
     """
 
     task: ClassVar[Task] = "peel"
@@ -221,8 +220,7 @@ class PeelEnv(ContactEnv):
     def _advance(self, force: np.ndarray) -> bool:
         self._place = place = self._where()
         self.strip.pass_over(place.along, float(force[0]) if abs(place.beside) < HALF_WIDTH else 0.0)
-        reached = self.strip.cuts and self.strip.cuts[-1][1] > LENGTH / 2 - FINISHED
-        return bool(reached) and place.gap > CLEAR
+        return bool(self.strip.cuts) and self.strip.cuts[-1][1] > LENGTH / 2 - FINISHED
 
     def _score(self) -> dict[str, float | bool | int]:
         ratio = min(1.0, self.strip.longest / LENGTH)

@@ -20,7 +20,6 @@ CLEAN_FORCE = (2.5, 15.0)  # N, mean of a frame
 FOOTPRINT = 0.004  # m before and behind the touching point that the eraser wipes
 HALF_WIDTH = 0.015  # m: how far beside the mark the eraser may pass
 MOST_TILT = 0.35  # rad between tool and surface normal: beyond it only the eraser's edge touches
-CLEAR = 0.02  # m above the surface at which a finished episode ends
 FEW, THIRD = 0.05, 1 / 3  # residue for score 1 and 0.5
 PAD_RADIUS = 0.01
 HOME = (0.0, 0.0, 0.15)  # TCP at the start, m; the board's middle is at the origin
@@ -40,7 +39,7 @@ class WipeEnv(ContactEnv):
     Perturbations: "before" moves the board 15 to 30 mm towards the tool or away from it once they are closer than
     45 mm; "after" moves it away by as much after 12 to 60 frames of contact, so that contact breaks; both also move it
     up to 10 mm aside and turn it up to 0.1 rad about each axis, within 0.5 and 0.4 s. The episode ends when the mark
-    is gone and the tool has left, when the true force passes 30 N, or at the time limit. `info` also has `gap`: metres
+    is gone, when the true force passes 30 N, or at the time limit. `info` also has `gap`: metres
     between the eraser's undeformed tip and the surface, negative when pressed in; for scripted operators who watch.
     """
 
@@ -140,14 +139,14 @@ class WipeEnv(ContactEnv):
         return self._place[2]
 
     def _advance(self, force: np.ndarray) -> bool:
-        self._place = along, beside, gap, tilt = self._where()
+        self._place = along, beside, _, tilt = self._where()
         wipes = CLEAN_FORCE[0] <= force[0] <= CLEAN_FORCE[1] and abs(beside) < HALF_WIDTH and tilt < MOST_TILT
         if wipes:
             start = along if self._last_along is None else self._last_along
             low, high = min(start, along) - FOOTPRINT, max(start, along) + FOOTPRINT
             self.is_clean |= (self.segments >= low) & (self.segments <= high)
         self._last_along = along if wipes else None
-        return bool(self.is_clean.all()) and gap > CLEAR
+        return bool(self.is_clean.all())
 
     def _score(self) -> dict[str, float | bool | int]:
         residue = 1.0 - int(self.is_clean.sum()) / SEGMENTS
