@@ -1,6 +1,7 @@
 """Checkpoints that are never half-written, and a guard that a run goes on with the settings that it began with."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,19 +61,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint of tensors and plain types.
 
         Raises:
-            UserError: no such file, or one that cannot be read, or that holds code.
+            UserError: no such file, or one that cannot be read, or that holds code, or that no training wrote.
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         if not os.path.exists(path):
             raise UserError(f"ckpt_path: {path}: no such checkpoint")
         try:
-            return torch.load(path, map_location=map_location, weights_only=True)
+            content = torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"ckpt_path: {path}: not a checkpoint that can be loaded ({clip(first_line, 160)})"
             ) from error
+        if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
+            raise UserError(
+                f"ckpt_path: {path}: not a checkpoint of a training, for weights alone there is model.pretrained"
+            )
+        return content
 
 
 class ResumeGuard(pl.Callback):
@@ -175,6 +181,24 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tupl
     keys = [key for key in {**old, **new} if not harmless(key)]
     missing = "(not set)"
     return {k: (old.get(k, missing), new.get(k, missing)) for k in keys if old.get(k, missing) != new.get(k, missing)}
+
+
+def state_difference(expected: Mapping[str, torch.Size], state: Mapping[str, torch.Tensor]) -> str:
+    """Missing and unexpected keys of a state dict and changed shapes in one line, empty if there are none."""
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} {list(state[key].shape)} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
+    kinds = (("missing keys", missing), ("unexpected keys", unexpected), ("other shapes", shapes))
+    return "; ".join(f"{len(found)} {kind} ({first_names(found)})" for kind, found in kinds if found)
+
+
+def first_names(names: list[str]) -> str:
+    """At most five of them, for a message."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 class LastCheckpoint(ModelCheckpoint):

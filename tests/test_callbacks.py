@@ -263,7 +263,8 @@ def test_data_counters_of_more_processes_than_now_are_added() -> None:
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_midway_leaves_the_old_checkpoint(tmp_path, monkeypatch, error) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "folder" / "last.ckpt"
-    io.save_checkpoint({"step": 1, "weights": torch.ones(3)}, path)
+    version = {"pytorch-lightning_version": "2.6"}
+    io.save_checkpoint({"step": 1, "weights": torch.ones(3)} | version, path)
     before = path.read_bytes()
 
     def fail(_: Any, file: Any) -> None:
@@ -273,12 +274,12 @@ def test_a_write_that_fails_midway_leaves_the_old_checkpoint(tmp_path, monkeypat
     monkeypatch.setattr(torch, "save", fail)
     for target in (path, path.with_name("new.ckpt")):
         with pytest.raises(type(error)):
-            io.save_checkpoint({"step": 2}, target)
+            io.save_checkpoint({"step": 2} | version, target)
     assert path.read_bytes() == before and os.listdir(path.parent) == ["last.ckpt"]
     assert io.load_checkpoint(path)["step"] == 1
     monkeypatch.undo()
-    io.save_checkpoint({"step": 3}, path)
-    assert io.load_checkpoint(path) == {"step": 3} and os.listdir(path.parent) == ["last.ckpt"]
+    io.save_checkpoint({"step": 3} | version, path)
+    assert io.load_checkpoint(path) == {"step": 3} | version and os.listdir(path.parent) == ["last.ckpt"]
 
 
 def test_the_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch) -> None:
@@ -312,7 +313,7 @@ class Code:
         return os.mkdir, (self.mark,)
 
 
-@pytest.mark.parametrize("what", ["empty", "garbage", "text", "cut", "code", "folder", "missing"])
+@pytest.mark.parametrize("what", ["empty", "garbage", "text", "cut", "code", "folder", "missing", "weights"])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, what) -> None:
     path, mark = tmp_path / "bad.ckpt", tmp_path / "code ran"
     torch.save({"x": torch.ones(1000)}, path)
@@ -322,7 +323,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, what) -> None:
         path.write_bytes(content[what])
     elif what == "code":
         torch.save({"state_dict": {}, "x": Code(mark)}, path)
-    else:
+    elif what != "weights":
         path.unlink()
     if what == "folder":
         path.mkdir()

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmtrain.checkpoint import AtomicCheckpointIO
+from mmtrain.checkpoint import AtomicCheckpointIO, first_names, state_difference
 from mmtrain.config_errors import UserError
 from mmtrain.rankclip.networks import register
 
@@ -105,7 +105,7 @@ def _guess_prefix(tensors: Mapping[str, Tensor], path: Path) -> str:
     """Return what stands before `logit_scale`, the one name that all CLIP models have at their root."""
     prefixes = [match[1] for key in tensors if (match := WRAPPED_LOGIT_SCALE.fullmatch(key))]
     if not prefixes:
-        raise ValueError(f"{path}: not a CLIP model, no logit_scale among its keys ({_first(list(tensors))})")
+        raise ValueError(f"{path}: not a CLIP model, no logit_scale among its keys ({first_names(list(tensors))})")
     return max(prefixes, key=len)
 
 
@@ -147,26 +147,9 @@ def guess_architecture(state: State) -> str:
         ValueError: if neither fits, with the differences from the nearer one.
     """
     name = GUESSED[0] if "visual.proj" in state else GUESSED[1]
-    if difference := _difference(_expected_shapes(name), state):
+    if difference := state_difference(_expected_shapes(name), state):
         raise ValueError(f"neither of {' and '.join(GUESSED)}; from {name} it differs by {difference}")
     return name
-
-
-def _difference(expected: Mapping[str, torch.Size], state: State) -> str:
-    """Return missing and unexpected keys and changed shapes in one line, empty if there are none."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} {list(state[key].shape)} instead of {list(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    ]
-    kinds = (("missing keys", missing), ("unexpected keys", unexpected), ("other shapes", shapes))
-    return "; ".join(f"{len(found)} {kind} ({_first(found)})" for kind, found in kinds if found)
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def load_pretrained(network: nn.Module, path: str | os.PathLike, architecture: str | None = None) -> None:
@@ -182,7 +165,7 @@ def load_pretrained(network: nn.Module, path: str | os.PathLike, architecture: s
             with the other activation (GELU against QuickGELU loads without an error, and silently costs accuracy).
     """
     state, about = read_state_dict(path)
-    if difference := _difference({key: value.shape for key, value in network.state_dict().items()}, state):
+    if difference := state_difference({key: value.shape for key, value in network.state_dict().items()}, state):
         raise ValueError(f"{path}: does not fit the network: {difference}")
     if architecture is None:
         is_quick = any(isinstance(module, QuickGELU) for module in network.modules())
@@ -224,7 +207,7 @@ def export(checkpoint: str | os.PathLike, out: str | os.PathLike, architecture: 
         raise ValueError(f"{checkpoint}: was trained as {stored}, whose activation is not that of {architecture}")
     name = register(architecture or stored or _guess_for_export(state, about, checkpoint))
     expected = _expected_shapes(name)
-    if expected and (difference := _difference(expected, state)):
+    if expected and (difference := state_difference(expected, state)):
         raise ValueError(f"{checkpoint}: does not fit {name}: {difference}")
     with checkpoint.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

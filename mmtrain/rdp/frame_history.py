@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,6 @@ class Counts:
     expired_plans: int = 0
     rejected_plans: int = 0
     held_commands: int = 0
-
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
 
 
 class FrameHistory:

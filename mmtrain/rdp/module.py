@@ -1,5 +1,6 @@
 """LightningModules of the diffusion policies: what they share, and RDP's slow latent policy. DP: `dp.py`."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -9,11 +10,12 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from mmtrain.checkpoint import plain, settings
+from mmtrain.checkpoint import flatten, plain, settings
 from mmtrain.config_errors import UserError
 from mmtrain.diffusion import noised, sample, timesteps
 from mmtrain.normaliser import Normaliser, limits
 from mmtrain.optim import AdamWSettings
+from mmtrain.rdp.checkpoints import check_class, check_data, check_identity
 from mmtrain.rdp.losses import denoising_loss
 from mmtrain.rdp.networks import ConditionalUnet1D
 from mmtrain.rdp.normalising import check_same, fit_normaliser
@@ -21,7 +23,14 @@ from mmtrain.rdp.observation_encoder import ObservationEncoder
 from mmtrain.rdp.presets import PRESETS, PresetName
 from mmtrain.rdp.pretrained import fit_into, load_policy_state
 from mmtrain.rdp.rollout import ClosedLoop, RolloutSettings
-from mmtrain.rdp.tokenizer import Tokenizer, TokenizerSettings, load_tokenizer, training_record
+from mmtrain.rdp.tokenizer import (
+    AS_TRAINED,
+    Tokenizer,
+    TokenizerSettings,
+    load_tokenizer,
+    position_error_mm,
+    training_record,
+)
 from mmtrain.robot_tasks import PolicySpec, Task, Touch, Vision, policy_spec
 
 TRAIN_STEPS = 100  # of the noise schedule
@@ -92,7 +101,7 @@ class PolicyModule(pl.LightningModule):
         )
         self.normalizer = Normaliser({"action": spec.action_dim, **spec.low_dim, **(latent or {})})
         if pretrained:
-            fit_into(self, load_policy_state(pretrained), pretrained)
+            fit_into(self, load_policy_state(pretrained, image_norm=image_norm), pretrained)
         self.closed_loop: ClosedLoop | None = None  # of `test`
         self.trained: dict[str, Any] = {}
         self.figures: list[dict[str, str]] = []
@@ -129,6 +138,9 @@ class PolicyModule(pl.LightningModule):
         denoise = self.model.denoiser(self.condition(observation), timesteps(self.denoising_steps))
         return sample(denoise, noise, self.denoising_steps)
 
+    def setup(self, stage: str) -> None:
+        check_data(self.spec, self.trainer.datamodule, ("task", "touch", "method", "vision", "relative"))
+
     def on_fit_start(self) -> None:
         fit_normaliser(self.normalizer, self.trainer.datamodule.normaliser_affines())
 
@@ -147,13 +159,14 @@ class PolicyModule(pl.LightningModule):
         noise = torch.randn(shape, generator=generator).to(self.device)
         steps = torch.randint(TRAIN_STEPS, shape[:1], generator=generator).to(self.device)
         loss = self.noise_loss(batch, noise, steps)
-        error = (self.predicted(self.sampled(batch["observation"], noise), batch) - batch["action"]).abs()
-        positions = error[:, self.spec.now :, : 3 if self.spec.pose_dim == 9 else 3 * len(self.spec.arms)]
-        values = {f"{prefix}/noise_error": loss, f"{prefix}/position_error_mm": 1000 * positions.mean()}
-        self.log_dict(values, batch_size=len(error), sync_dist=True, on_epoch=True, on_step=False)
+        predicted, now = self.predicted(self.sampled(batch["observation"], noise), batch), self.spec.now
+        error = position_error_mm(predicted[:, now:], batch["action"][:, now:], self.spec)
+        values = {f"{prefix}/noise_error": loss, f"{prefix}/position_error_mm": error}
+        self.log_dict(values, batch_size=len(noise), sync_dist=True, on_epoch=True, on_step=False)
 
     def on_test_epoch_start(self) -> None:
         self.closed_loop = None
+        self.normalizer.affine("action")  # says so if nothing was trained
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         if "variation" not in batch:  # no simulation of these data
@@ -186,7 +199,23 @@ class PolicyModule(pl.LightningModule):
             return {self.spec.task: self.closed_loop.protocol()}
         return {self.spec.task: f"validation windows, {self.denoising_steps} DDIM steps; no robot, no simulation"}
 
+    def identity(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of hyper-parameters of this class, flat: what decides what the weights mean."""
+        names = ("task", "touch", "vision", "preset", "image_norm", "image_size")
+        found = {name: given.get(name) for name in names}
+        found["relative"] = policy_spec(
+            given["task"], given["touch"], self.spec.method, given["vision"], given["relative"]
+        ).relative  # None stands for what was released
+        if "tokenizer_settings" in given:
+            found["tokenizer_settings"] = settings(TokenizerSettings, given["tokenizer_settings"])
+        return flatten(found)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, task, touch or size before its weights are loaded."""
+        check_class(checkpoint, type(self))
+        if "task" in (theirs := checkpoint.get("hyper_parameters", {})):
+            ours = self.identity(self.hparams)
+            check_identity(self.identity(theirs), ours, "ckpt_path: the checkpoint", "this model", AS_TRAINED)
         self.trained = training_record(checkpoint)
 
 
@@ -195,7 +224,8 @@ class LatentDiffusionPolicy(PolicyModule):
 
     Args:
         task, touch, vision, relative: see `mmtrain.robot_tasks.policy_spec`; the data module has the same.
-        tokenizer: checkpoint of the trained `Tokenizer`, needed by `fit` only; afterwards it is part of the policy's.
+        tokenizer: checkpoint of the trained `Tokenizer`, needed by `fit` and beside `pretrained`, for a released policy
+            has none in its file; afterwards it is part of the policy's.
         tokenizer_settings: those it was trained with, where they differ from the preset.
         latent_target: "mean" of the tokenizer's posterior, or "sample" as released (noisier, see RDP's issue 43).
         kwargs: settings of `PolicyModule`.
@@ -225,6 +255,10 @@ class LatentDiffusionPolicy(PolicyModule):
         )
         self.latent_target, self.tokenizer_path = latent_target, tokenizer
         self.tokenizer = fast.requires_grad_(False).eval()
+        if kwargs.get("pretrained") and tokenizer:
+            load_tokenizer(fast, tokenizer)
+            own = {key: self.normalizer.affine(key) for key in fast.normalizer.widths if self.normalizer.is_fitted(key)}
+            fit_normaliser(fast.normalizer, own, "the tokenizer", "the policy")
 
     @property
     def method(self) -> str:
@@ -240,7 +274,7 @@ class LatentDiffusionPolicy(PolicyModule):
 
     def on_fit_start(self) -> None:
         """Load the tokenizer, take over the data's statistics, and fit those of the latent on all training windows."""
-        if not self.normalizer.is_fitted("latent"):  # else this is a resume, and all is in the checkpoint
+        if not self.tokenizer.normalizer.is_fitted("action"):  # else a resume, or loaded beside a released policy
             if self.tokenizer_path is None:
                 raise UserError("tokenizer: none is given; train one with the rdp_at_... config of the same task")
             load_tokenizer(self.tokenizer, self.tokenizer_path)
@@ -256,13 +290,13 @@ class LatentDiffusionPolicy(PolicyModule):
     @torch.no_grad()
     def _training_latents(self) -> np.ndarray:
         """Latents [windows * steps, channels] of all training windows."""
-        generator_state = torch.get_rng_state()  # a resumed run does not come here, and must draw the same numbers
-        torch.manual_seed(0)
-        latents = [
-            self._latent(move_data_to_device(batch, self.device)).flatten(0, 1).cpu()
-            for batch in self.trainer.datamodule.training_windows()
-        ]
-        torch.set_rng_state(generator_state)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # a resumed run does not come here, and must draw the same numbers
+            torch.manual_seed(0)
+            latents = [
+                self._latent(move_data_to_device(batch, self.device)).flatten(0, 1).cpu()
+                for batch in self.trainer.datamodule.training_windows()
+            ]
         return torch.cat(latents).numpy()
 
     def _latent(self, batch: dict[str, Any]) -> Tensor:

@@ -6,8 +6,16 @@ from mmtrain.config_errors import UserError
 from mmtrain.normaliser import Affine, Normaliser
 
 
-def fit_normaliser(normaliser: Normaliser, affines: Mapping[str, Affine]) -> None:
+def fit_normaliser(
+    normaliser: Normaliser,
+    affines: Mapping[str, Affine],
+    one: str = "the checkpoint",
+    other: str = "these training data",
+) -> None:
     """Take over the data's statistics; after a resume, or with another stage's, check that they are still the same.
+
+    Args:
+        one, other: what the normaliser and the statistics are of, for the message.
 
     Raises:
         UserError: the normaliser holds other statistics than the data have.
@@ -17,7 +25,7 @@ def fit_normaliser(normaliser: Normaliser, affines: Mapping[str, Affine]) -> Non
     for key in keys:
         fresh.set(key, affines[key])
     known = [key for key in keys if normaliser.is_fitted(key)]
-    check_same(normaliser, fresh, known, "the checkpoint", "these training data")
+    check_same(normaliser, fresh, known, one, other)
     for key in keys:
         if key not in known:
             normaliser.set(key, affines[key])

@@ -10,19 +10,21 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmtrain.checkpoint import AtomicCheckpointIO
+from mmtrain.checkpoint import AtomicCheckpointIO, first_names, state_difference
 from mmtrain.config_errors import UserError
 from mmtrain.ema import ema_weights
 from mmtrain.normaliser import STATISTICS, image_affine
 from mmtrain.rdp.networks import ConditionalUnet1D, TokenizerNetwork
-from mmtrain.rdp.observation_encoder import group_norm_resnet18
+from mmtrain.rdp.observation_encoder import group_norm_resnet18, is_tactile
 
 State = dict[str, Tensor]
 # empty tensors by which the released modules tell their device
@@ -36,22 +38,24 @@ STRIP = (
 )
 
 
-def load_policy_state(path: str | PathLike, ema: bool = True) -> State:
+def load_policy_state(path: str | PathLike, ema: bool = True, image_norm: str | None = None) -> State:
     """State of a released policy under the names of our modules: `model.`, `obs_encoder.`, `normalizer.`.
 
     Normalisers of pictures are left out: the observation encoder does their part.
 
     Args:
         ema: the averaged weights, if the file has them; they are what the paper evaluates.
+        image_norm: the observation encoder's, which must be the one that the file was trained with; None does not ask.
 
     Raises:
-        UserError: no such file, one that needs code to be read, a tokenizer's, or names or shapes that are not those
-            of a policy of any size.
+        UserError: no such file, one that needs code to be read, a tokenizer's, names or shapes that are not those of a
+            policy of any size, or pictures normalised in another way.
     """
     dicts = _state_dicts(path)
     state = _tensors(dicts["ema_model"] if ema and "ema_model" in dicts else dicts.get("model"), path)
     state = {key: value for key, value in state.items() if key not in DUMMIES}
     state = {key.replace(*LATENT) if key.startswith(LATENT[0]) else key: value for key, value in state.items()}
+    _check_image_norm(state, image_norm, path)
     pictures = {f"{NORMALISER}{key}." for key in picture_keys(state)}
     state = {key: value for key, value in state.items() if not key.startswith(tuple(pictures))}
     _check_policy(state, path)
@@ -82,7 +86,7 @@ def fit_into(module: nn.Module, state: State, path: str | PathLike) -> None:
     """
     ours = {key: value.shape for key, value in module.state_dict().items() if not key.startswith("tokenizer.")}
     wanted = {key: shape for key, shape in ours.items() if not key.startswith("normalizer.") or key in state}
-    if difference := _difference(wanted, state):
+    if difference := state_difference(wanted, state):
         raise UserError(f"{path}: does not fit this model (another task, touch, vision or preset?): {difference}")
     module.load_state_dict(state, strict=False)
 
@@ -163,6 +167,17 @@ def _check_policy(state: State, path: str | PathLike) -> None:
     _check(expected, networks, normaliser, path)
 
 
+def _check_image_norm(state: State, image_norm: str | None, path: str | PathLike) -> None:
+    """The normaliser of a camera tells: the released code takes ImageNet's mean and deviation from what it gives."""
+    for key in picture_keys(state):
+        scale = state.get(f"{NORMALISER}{key}.scale")
+        if image_norm is None or scale is None or is_tactile(key):
+            continue
+        trained = "reference" if bool((scale == 2).all()) else "corrected"
+        if image_norm != trained:
+            raise UserError(f"{path}: was trained with image_norm {trained}, this model has {image_norm}; set that one")
+
+
 def _check_tokenizer(state: State, path: str | PathLike) -> None:
     try:
         action_dim, width = state["decoder.fc.weight"].shape
@@ -185,32 +200,19 @@ def _check_tokenizer(state: State, path: str | PathLike) -> None:
 
 
 def _check(expected: Mapping[str, Tensor], networks: State, normaliser: State, path: str | PathLike) -> None:
-    if difference := _difference({key: value.shape for key, value in expected.items()}, networks):
+    if difference := state_difference({key: value.shape for key, value in expected.items()}, networks):
         raise UserError(f"{path}: not the released layout: {difference}")
     known = re.compile(re.escape(NORMALISER) + rf"[^.]+\.(scale|offset|input_stats\.({'|'.join(STATISTICS)}))")
     if unknown := [key for key in normaliser if not known.fullmatch(key)]:
-        raise UserError(f"{path}: not the released layout: unknown normaliser entries ({_first(unknown)})")
+        raise UserError(f"{path}: not the released layout: unknown normaliser entries ({first_names(unknown)})")
 
 
-def _difference(expected: Mapping[str, torch.Size], state: State) -> str:
-    """Missing and unexpected names and changed shapes in one line, empty if there are none."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} {list(state[key].shape)} instead of {list(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    ]
-    kinds = (("missing names", missing), ("unexpected names", unexpected), ("other shapes", shapes))
-    return "; ".join(f"{len(found)} {kind} ({_first(found)})" for kind, found in kinds if found)
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def export_policy(state: State, path: str | PathLike = "the checkpoint") -> State:
+def export_policy(state: State, path: str | PathLike = "the checkpoint", image_norm: str = "corrected") -> State:
     """State of one of our policies in the released layout: with the normalisers of pictures, without the tokenizer.
+
+    Args:
+        image_norm: what the policy was trained with. The released code always takes ImageNet's mean and deviation from
+            a camera's normalised pictures, so that for "corrected" ones these stay in [0, 1].
 
     Raises:
         UserError: naming `path`, for what the released code has no place for: a small picture encoder, or a
@@ -224,7 +226,10 @@ def export_policy(state: State, path: str | PathLike = "the checkpoint") -> Stat
     _check_policy(state, path)
     state = {key.replace(*reversed(LATENT)) if key.startswith(LATENT[1]) else key: v for key, v in state.items()}
     for key in pictures:
+        stays = image_norm == "corrected" and not is_tactile(key)
         affine = image_affine()
+        if stays:
+            affine = affine._replace(scale=np.ones(1, np.float32), offset=np.zeros(1, np.float32))
         values = {"scale": affine.scale, "offset": affine.offset}
         values |= {f"input_stats.{name}": getattr(affine.stats, name) for name in STATISTICS}
         state |= {f"{NORMALISER}{key}.{name}": torch.from_numpy(value) for name, value in values.items()}
@@ -271,12 +276,11 @@ def export(checkpoint: str | PathLike, out: str | PathLike, tokenizer: str | Pat
         if target and Path(target).exists() and Path(target).samefile(checkpoint):
             raise UserError(f"{target}: is the checkpoint itself")
     content = AtomicCheckpointIO().load_checkpoint(checkpoint)
-    if "state_dict" not in content:
-        raise UserError(f"{checkpoint}: is no checkpoint of a training with mmtrain, there is no state_dict in it")
     raw, averaged = content["state_dict"], ema_weights(content)
     is_policy = "model.final_conv.1.weight" in raw
-    convert = export_policy if is_policy else export_tokenizer
-    states = {"model": convert(raw, checkpoint), "ema_model": convert(averaged, checkpoint)}
+    given = {"image_norm": content.get("hyper_parameters", {}).get("image_norm", "corrected")} if is_policy else {}
+    convert = partial(export_policy if is_policy else export_tokenizer, path=checkpoint, **given)
+    states = {"model": convert(raw), "ema_model": convert(averaged)}
     inside = {key.removeprefix("tokenizer."): value for key, value in raw.items() if key.startswith("tokenizer.")}
     if tokenizer and not inside:
         raise UserError(f"{checkpoint}: has no tokenizer inside; leave --tokenizer out")

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gymnasium
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,12 +24,16 @@ from mmtrain.rdp.latency import measure_latency
 from mmtrain.rdp.planning import plans
 from mmtrain.rdp.records import FILE
 from mmtrain.rdp.runtime import Controller, RuntimeSettings
+from mmtrain.rdp.sim.demonstrations import WORLD
+from mmtrain.robot_tasks import sensor_of
 
 if TYPE_CHECKING:
+    import gymnasium  # of the extra `sim`, which training needs not
+
     from mmtrain.rdp.module import PolicyModule
 
 MAX_FRAMES = 240  # of an episode, 10 s, the same for all methods
-FrameHook = Callable[[gymnasium.Env, dict[str, Any]], None]
+FrameHook = Callable[["gymnasium.Env", dict[str, Any]], None]
 
 
 @dataclass
@@ -61,14 +64,12 @@ class RolloutSettings:
         return "" if runtime.chunk_every == 16 else f", chunk {runtime.chunk_every // 2}"
 
 
-def make_environment(module: "PolicyModule", render: bool = False) -> gymnasium.Env:
+def make_environment(module: "PolicyModule", render: bool = False) -> "gymnasium.Env":
     """The world of a policy's task, with the sensors that the policy reads and no others, as they cost time."""
     from mmtrain.rdp import sim
-    from mmtrain.rdp.sim.frames import GRIPPER_SENSORS
 
     images = module.spec.images
-    touched = [key for key in (*module.spec.low_dim, *images) if "_gripper" in key and not key.endswith("_width")]
-    markers = {GRIPPER_SENSORS[int(key.partition("_gripper")[2][0])] for key in touched}
+    markers = {sensor for key in (*module.spec.low_dim, *images) if (sensor := sensor_of(key))}
     options: dict[str, Any] = {"markers": tuple(sorted(markers))}
     if images:
         options |= {"images": images, "size": module.obs_encoder.images[images[0]][0]}
@@ -128,18 +129,11 @@ def run_episodes(
                 ended.append(i)
         live = [i for i in live if i not in ended]
         step += 1
-    records = [
-        {
-            **environment.unwrapped.outcome(),
-            "variation": variation,
-            "seed": int(seed),
-            "counts": asdict(controller.counts),
-            "force": force,
-            "force_band": list(environment.unwrapped.stable_band),
-        }
-        for environment, controller, seed, force in zip(environments, controllers, seeds, forces, strict=True)
-    ]
-    for environment in environments:
+    records = []
+    for environment, controller, seed, force in zip(environments, controllers, seeds, forces, strict=True):
+        about = {"variation": variation, "seed": int(seed), "counts": asdict(controller.counts)}
+        world = environment.unwrapped
+        records.append({**world.outcome(), **about, "force": force, "force_band": list(world.stable_band)})
         environment.close()
     return records
 
@@ -161,7 +155,7 @@ class ClosedLoop:
     def __init__(self, module: "PolicyModule", rollout: RolloutSettings) -> None:
         self.module, self.settings = module, rollout
         self.folder = Path(module.trainer.default_root_dir)
-        about = {"runtime": asdict(rollout.runtime), "denoising_steps": module.denoising_steps}
+        about = {"world": WORLD, "runtime": asdict(rollout.runtime), "denoising_steps": module.denoising_steps}
         self.tag = fingerprint(module, **about)  # the averaged weights, if there are any
         self.records = [record for record in self._read_parts() if record["tag"] == self.tag]
         self.figures: list[dict[str, str]] = []
@@ -169,14 +163,14 @@ class ClosedLoop:
         self.evaluation = RolloutEvaluation(module.spec.task, source.demonstration_mean)
 
     def _read_parts(self) -> list[dict[str, Any]]:
-        """Records of earlier runs; a last line that was cut off is left out."""
+        """Records of earlier runs; a line that was cut off is left out."""
         found = []
         for path in sorted((self.folder / "rollouts").glob("part-*.jsonl")):
             for line in path.read_text().splitlines():
                 try:
                     found.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
+                except json.JSONDecodeError:  # what a later run appended to it is lost, the lines after it are not
+                    continue
         return found
 
     def run(self, variations: Sequence[str], seeds: Sequence[int]) -> None:
@@ -201,7 +195,7 @@ class ClosedLoop:
         self.evaluation.add(records)  # on every process alike: the metric counts an episode once
         metrics = self.evaluation.compute()
         if self.settings.latency:
-            metrics |= measure_latency(self.module)
+            metrics |= self._latency()
         if self.module.trainer.is_global_zero:
             part = self.folder / f"{FILE}.part"
             part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -210,6 +204,13 @@ class ClosedLoop:
             if self.settings.videos:
                 self.figures += self._videos(records)
         return metrics
+
+    def _latency(self) -> dict[str, float]:
+        """Measured by one process while the others wait, and known to all."""
+        measured = [measure_latency(self.module) if self.module.trainer.is_global_zero else {}]
+        if distributed.world_size() > 1:
+            torch.distributed.broadcast_object_list(measured, src=0)
+        return measured[0]
 
     def _gather(self) -> list[dict[str, Any]]:
         """The records of all processes that this test asks for, in the order of cells and seeds."""

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mmtrain.checkpoint import plain, settings
-from mmtrain.config_errors import UserError
 from mmtrain.normaliser import Normaliser
 from mmtrain.optim import AdamWSettings
-from mmtrain.rdp.checkpoints import is_released, read_checkpoint
+from mmtrain.rdp.checkpoints import check_class, check_data, check_identity, is_released, read_checkpoint
 from mmtrain.rdp.losses import tokenizer_loss
 from mmtrain.rdp.networks import TokenizerNetwork
 from mmtrain.rdp.normalising import fit_normaliser
@@ -20,6 +19,7 @@ from mmtrain.rdp.presets import PRESETS, PresetName, encoder_channels
 from mmtrain.rdp.pretrained import fit_into, load_tokenizer_state
 from mmtrain.robot_tasks import PolicySpec, Task, Touch, Vision, policy_spec
 
+AS_TRAINED = "give the config that it was trained with"
 RELEASED_OPTIM = {"lr": 1e-3, "weight_decay": 1e-4, "decay": "all", "warmup_steps": 100}
 
 
@@ -122,6 +122,9 @@ class Tokenizer(pl.LightningModule):
         loss, parts = tokenizer_loss(decoded, action, mean, logvar, self.kl_weight)
         return loss, parts, decoded
 
+    def setup(self, stage: str) -> None:
+        check_data(self.spec, self.trainer.datamodule, ("task", "touch", "method", "relative"))
+
     def on_fit_start(self) -> None:
         fit_normaliser(self.normalizer, self.trainer.datamodule.normaliser_affines())
 
@@ -140,9 +143,8 @@ class Tokenizer(pl.LightningModule):
     def _evaluate(self, batch: dict[str, Any], prefix: str) -> None:
         loss, parts, decoded = self.losses(batch, sampled=False)
         size = len(batch["action"])
-        error = (self.normalizer.unnormalise("action", decoded) - batch["action"]).abs()
-        positions = error[..., : 3 if self.spec.pose_dim == 9 else self.spec.pose_dim * len(self.spec.arms)]
-        values = {"loss": loss, "position_error_mm": 1000 * positions.mean(), **parts}
+        error = position_error_mm(self.normalizer.unnormalise("action", decoded), batch["action"], self.spec)
+        values = {"loss": loss, "position_error_mm": error, **parts}
         named = {f"{prefix}/{name}": value for name, value in values.items()}
         self.log_dict(named, batch_size=size, sync_dist=True, on_epoch=True, on_step=False)
 
@@ -163,7 +165,17 @@ class Tokenizer(pl.LightningModule):
         return {self.spec.task: "reconstruction of validation windows from the latent's mean"}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, task, touch or size before its weights are loaded."""
+        check_class(checkpoint, type(self))
+        if "task" in (theirs := checkpoint.get("hyper_parameters", {})):
+            check_identity(identity(**theirs), self.identity, "ckpt_path: the checkpoint", "this model", AS_TRAINED)
         self.trained = training_record(checkpoint)
+
+
+def position_error_mm(predicted: Tensor, action: Tensor, spec: PolicySpec) -> Tensor:
+    """Mean distance along an axis, in mm, between actions [..., A] of one layout."""
+    numbers = 3 if spec.pose_dim == 9 else 3 * len(spec.arms)
+    return 1000 * (predicted - action)[..., :numbers].abs().mean()
 
 
 def tokenizer_spec(spec: PolicySpec, settings: TokenizerSettings) -> PolicySpec:
@@ -183,6 +195,7 @@ def training_record(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def identity(task: str, touch: str, relative: bool | None, preset: str, tokenizer: Any, **_: Any) -> dict[str, Any]:
     """What two tokenizers must share so that one's weights mean the same in the other; from their arguments."""
+    relative = policy_spec(task, touch, "rdp", relative=relative).relative  # None stands for what was released
     return {"task": task, "touch": touch, "relative": relative, "preset": preset} | {
         f"tokenizer.{name}": value for name, value in asdict(settings(TokenizerSettings, tokenizer)).items()
     }
@@ -200,11 +213,8 @@ def load_tokenizer(module: Tokenizer, path: str | Path) -> None:
         fit_into(module, load_tokenizer_state(path), path)
         return
     checkpoint = read_checkpoint(path, Tokenizer)
-    theirs = identity(**checkpoint["hyper_parameters"])
-    for key, ours in module.identity.items():
-        if theirs[key] != ours:
-            raise UserError(
-                f"tokenizer: {path} was trained with {key} {theirs[key]}, this policy has {ours}; "
-                "give the policy's own tokenizer, or the same settings to both"
-            )
+    remedy = "give the policy's own tokenizer, or the same settings to both"
+    check_identity(
+        identity(**checkpoint["hyper_parameters"]), module.identity, f"tokenizer: {path}", "this policy", remedy
+    )
     module.load_state_dict(checkpoint["state_dict"])

@@ -13,6 +13,7 @@ from mmtrain.export import main, room
 from mmtrain.normaliser import limits
 from mmtrain.rdp.dp import DiffusionPolicy
 from mmtrain.rdp.module import LatentDiffusionPolicy
+from mmtrain.rdp.observation_encoder import group_norm_resnet18
 from mmtrain.rdp.pretrained import (
     NORMALISER,
     export_policy,
@@ -117,6 +118,39 @@ def test_there_and_back(policy: LatentDiffusionPolicy, tmp_path: Path, capsys: p
     assert all(torch.equal(averaged[key], value) for key, value in average.items())
 
 
+@pytest.mark.parametrize("has_normalisers", [True, False])
+def test_a_released_policy_gets_its_tokenizer(policy, has_normalisers: bool, tmp_path: Path) -> None:
+    """The file of a released policy holds none: it is loaded beside, and takes over what its own file lacks."""
+    for key in policy.tokenizer.normalizer.widths:  # one normaliser for both stages
+        policy.tokenizer.normalizer.set(key, policy.normalizer.affine(key))
+    out = saved(tmp_path / "policy.ckpt", model=export_policy(policy_state(policy)))
+    state = export_tokenizer(policy.tokenizer.state_dict())
+    kept = {key: value for key, value in state.items() if has_normalisers or not key.startswith(NORMALISER)}
+    fast = saved(tmp_path / "at.ckpt", model=kept)
+    again = LatentDiffusionPolicy(
+        "peel", "force", vision="pose", preset="sim", pretrained=str(out), tokenizer=str(fast)
+    )
+    for key, value in policy.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_pictures_are_normalised_as_the_file_says(tmp_path: Path) -> None:
+    """Released code takes ImageNet's statistics from what the file's normaliser gives."""
+    policy = fitted(DiffusionPolicy("peel", "image", preset="sim"))
+    backbones = {key: group_norm_resnet18((0, 0)) for key in policy.spec.images}
+    state = {k: v for k, v in policy.state_dict().items() if not k.startswith("obs_encoder")}
+    for key, network in backbones.items():
+        state |= {f"obs_encoder.key_model_map.{key}.{name}": value for name, value in network.state_dict().items()}
+    for image_norm, scale in (("corrected", 1), ("reference", 2)):
+        written = export_policy(state, image_norm=image_norm)
+        assert written[f"{NORMALISER}left_wrist_img.scale"].tolist() == [scale]
+        assert written[f"{NORMALISER}left_gripper1_img.scale"].tolist() == [2]  # a gel is brought to [-1, 1] by both
+        path, other = saved(tmp_path / "dp.ckpt", model=written), {"corrected", "reference"} - {image_norm}
+        load_policy_state(path, image_norm=image_norm)
+        with pytest.raises(UserError, match=f"trained with image_norm {image_norm}, this model has {min(other)}"):
+            load_policy_state(path, image_norm=min(other))
+
+
 def test_export_of_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = fitted(Tokenizer("wipe", "gelsight"))
     source = checkpoint(module, tmp_path / "last.ckpt")
@@ -151,9 +185,9 @@ def test_files_that_are_something_else(policy: LatentDiffusionPolicy, tmp_path: 
     with pytest.raises(UserError, match="is a checkpoint of ours"):
         load_policy_state(checkpoint(policy, tmp_path / "ours.ckpt"))
     less = {key: value for key, value in whole.items() if key != "model.final_conv.1.bias"}
-    with pytest.raises(UserError, match=r"1 missing names \(model.final_conv.1.bias\)"):
+    with pytest.raises(UserError, match=r"1 missing keys \(model.final_conv.1.bias\)"):
         load_policy_state(saved(tmp_path / "less.ckpt", model=less))
-    with pytest.raises(UserError, match=r"1 unexpected names \(quant.more\)"):
+    with pytest.raises(UserError, match=r"1 unexpected keys \(quant.more\)"):
         load_tokenizer_state(saved(tmp_path / "more.ckpt", model=at | {"quant.more": torch.zeros(1)}))
     other = fitted(LatentDiffusionPolicy("wipe", "gelsight", vision="pose", preset="sim"))
     with pytest.raises(UserError, match=r"does not fit this model .another task.*cond_encoder"):

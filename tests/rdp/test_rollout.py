@@ -1,6 +1,8 @@
 """Closed loop: episodes repeat, do not depend on their neighbours, are kept, and a better policy than chance scores."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,6 +13,7 @@ import torch
 pytest.importorskip("mujoco")
 
 from datamodules.robot import RobotDataModule
+from mmtrain.config_errors import UserError
 from mmtrain.normaliser import Affine, statistics
 from mmtrain.rdp import sim
 from mmtrain.rdp.dp import DiffusionPolicy
@@ -128,10 +131,30 @@ def test_test_writes_records_and_does_not_run_them_again(policies, tmp_path, mon
     monkeypatch.setattr("mmtrain.rdp.rollout.run_episodes", refuse)
     again = make_trainer(tmp_path).test(policy, data, verbose=False)[0]
     np.testing.assert_equal(again, first)  # NaN where nothing was touched
+    part = tmp_path / "rollouts/part-0.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text(lines[0][:50] + "\n" + "".join(lines))  # killed while it wrote, and gone on
+    make_trainer(tmp_path).test(policy, data, verbose=False)
     with torch.no_grad():
         policy.model.final_conv[1].bias += 1e-3  # other weights
     with pytest.raises(AssertionError, match="was run again"):
         make_trainer(tmp_path).test(policy, data, verbose=False)
+
+
+def test_a_policy_that_was_never_trained_is_not_tested(tmp_path) -> None:
+    data = RobotDataModule(
+        str(tmp_path / "wipe.zarr"), "wipe", "force", vision="pose", val_ratio=0,
+        demonstrations=Demonstrations("wipe", episodes=1), episodes=1, variations=["none"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="normaliser of action is not fitted: train first, or load a checkpoint"):
+        make_trainer(tmp_path).test(LatentDiffusionPolicy("wipe", "force", "pose", preset="sim"), data)
+
+
+def test_training_needs_no_simulator() -> None:
+    hide = "import sys; sys.modules['mujoco'] = sys.modules['gymnasium'] = None; "
+    code = hide + "import mmtrain.rdp.module, mmtrain.rdp.dp, mmtrain.rdp.tokenizer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_videos_are_written_where_there_is_egl(policies, tmp_path) -> None:

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from mmtrain.checkpoint import AtomicCheckpointIO
 from mmtrain.config_errors import UserError
 from mmtrain.rdp.dp import DiffusionPolicy
 from mmtrain.rdp.module import LatentDiffusionPolicy
@@ -107,6 +108,43 @@ def test_a_resume_on_other_data_is_refused(tokenizer_checkpoint, tmp_path) -> No
     other.val_ratio = 0.5
     with pytest.raises(UserError, match=r"in the checkpoint is not that of these training data|samples"):
         train(tmp_path, latent_policy(tokenizer_checkpoint), other, 4, resume=tmp_path / "at.ckpt")
+
+
+def evaluate(module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: object) -> None:
+    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, plugins=[AtomicCheckpointIO()])
+    trainer.validate(module, data, ckpt_path=checkpoint, verbose=False, weights_only=True)
+
+
+def test_a_checkpoint_of_another_policy_is_refused_in_one_line(tokenizer_checkpoint, tmp_path) -> None:
+    root = tokenizer_checkpoint.parents[2]
+    path = train(tmp_path, latent_policy(tokenizer_checkpoint), data_of(root), 1)
+    evaluate(latent_policy(None), data_of(root), path)
+    evaluate(latent_policy(None, relative=True), data_of(root, relative=True), path)  # what was released for Wiping
+    with pytest.raises(UserError, match=r"checkpoint was trained with task wipe, this model has peel; give the config"):
+        peel = LatentDiffusionPolicy("peel", "force", "pose", preset="sim")
+        evaluate(peel, data_of(tmp_path, "peel"), path)
+    with pytest.raises(UserError, match=r"trained with relative True, this model has False"):  # the weights would fit
+        evaluate(latent_policy(None, relative=False), data_of(root, relative=False), path)
+    with pytest.raises(UserError, match=r"trained with tokenizer_settings.symmetric False, this model has True"):
+        evaluate(latent_policy(None, tokenizer_settings=TokenizerSettings(symmetric=True)), data_of(root), path)
+    with pytest.raises(UserError, match=r"is a checkpoint of .*LatentDiffusionPolicy, this model is .*DiffusionPolicy"):
+        dp = DiffusionPolicy("wipe", "force", "pose", preset="sim")
+        evaluate(dp, data_of(root, method="dp"), path)
+    with pytest.raises(UserError, match=r"is a checkpoint of .*LatentDiffusionPolicy, this model is .*Tokenizer"):
+        evaluate(Tokenizer("wipe", "force", "pose", preset="sim"), data_of(root), path)
+    with pytest.raises(UserError, match=r"trained with preset sim, this model has reference"):
+        evaluate(Tokenizer("wipe", "force", "pose"), data_of(root), tokenizer_checkpoint)
+
+
+def test_data_of_another_policy_are_refused(tokenizer_checkpoint) -> None:
+    root = tokenizer_checkpoint.parents[2]
+    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(UserError, match=r"data\.relative: False, but the model has True; give both the same"):
+        trainer.validate(latent_policy(None), data_of(root, relative=False), verbose=False)
+    with pytest.raises(UserError, match=r"data\.touch: gelsight, but the model has force"):
+        trainer.validate(Tokenizer("wipe", "force", preset="sim"), data_of(root, touch="gelsight"), verbose=False)
+    with pytest.raises(UserError, match=r"data\.method: rdp, but the model has dp"):
+        trainer.validate(DiffusionPolicy("wipe", "force", "pose", preset="sim"), data_of(root), verbose=False)
 
 
 @pytest.mark.parametrize("settings", [{"quantizer": "vq"}, {"symmetric": True}, {"decoder_touch": False}])
