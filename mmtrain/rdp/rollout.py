@@ -192,6 +192,8 @@ class ClosedLoop:
     def finish(self) -> dict[str, float]:
         """Gather all records, write them, draw, and return the metrics; call it on every process."""
         records = self._gather()
+        if rejected := sum(record["counts"]["rejected_plans"] for record in records):
+            rank_zero_warn(f"{rejected} plans were not finite and not used: look at the weights", category=UserWarning)
         self.evaluation.add(records)  # on every process alike: the metric counts an episode once
         metrics = self.evaluation.compute()
         if self.settings.latency:
