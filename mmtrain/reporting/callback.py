@@ -99,9 +99,18 @@ def tables_of(run: Run) -> list[ComparedTable]:
         return laptop_tables(groups)
     tables = [compare(table, groups) for table in reported.load(run.paper).tables]
     tables = [table for table in tables if any(row.kind == "ours" for row in table.rows)]
+    if run.scale == "simulation":  # a paper may report one cell in several tables: those that have this method's row
+        tables = [t for t in tables if any(r.kind == "reported" and r.method == run.method for r in t.rows)] or tables[
+            :1
+        ]
     shown = {column.metric for table in tables for column in table.columns}
     rest = [t for t in measured_tables(groups) if any(column.metric not in shown for column in t.columns)]
     return tables + rest
+
+
+def has_method(table: ComparedTable, method: str) -> bool:
+    """Whether the paper reports a method in a table."""
+    return any(row.kind == "reported" and row.method == method for row in table.rows)
 
 
 def as_markdown(run: Run, tables: list[ComparedTable]) -> str:
