@@ -3,20 +3,18 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from mmtrain.config_errors import UserError
+from mmtrain import media
+from mmtrain.media import ENCODERS
 from mmtrain.robot_tasks import FRAME_RATE
 
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#606060"  # Okabe and Ito: safe for the colour-blind
 COLOURS = (VERMILLION, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)
 DOTS_PER_INCH = 100
-ENCODERS = ("libx264", "mpeg4")  # the first that the installed FFmpeg has; browsers play the first only
-BIT_RATE = 2_000_000
 
 
 def force_plot(
@@ -114,31 +112,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = FRAME_RATE) -> Path:
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames must be uint8 [T, H, W, 3] with T > 0, got {frames.dtype} {list(frames.shape)}")
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part.mp4")
-    try:
-        with av.open(str(part), "w", format="mp4") as container:
-            stream = container.add_stream(_encoder(), rate=int(fps))
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            stream.bit_rate = BIT_RATE
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def _encoder() -> str:
-    for name in ENCODERS:
-        try:
-            return av.codec.Codec(name, "w").name
-        except (ValueError, av.error.FFmpegError):  # no such encoder in this FFmpeg
-            continue
-    raise UserError(f"video: the installed FFmpeg has no encoder of {', '.join(ENCODERS)}; pip install av")
+    return media.write_video(path, frames.transpose(0, 3, 1, 2), fps, encoders=ENCODERS)
 
 
 def _save(figure: Figure, path: Path) -> Path:
