@@ -41,13 +41,15 @@ class Training:
 class Method:
     """What makes a method: its config, the trainings before, in their order, and options of all its stages.
 
-    `needs` is the name of the shared data that it uses, one of `Plan.prepared`.
+    `needs` is the name of the shared data that it uses, one of `Plan.prepared`. With a `checkpoint`, such as that of a
+    training of `Plan.shared`, nothing is trained for it: only `test` runs.
     """
 
     config: str
     before: tuple[Training, ...] = ()
     words: tuple[str, ...] = ()
     needs: str | None = None
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,17 @@ class Plan:
     Args:
         own_method: as the paper spells it, like the keys of `methods`.
         methods: method -> config, or more where that is not all.
-        words: options of every run, after the config. `{out}` in them, as in a method's, is the folder of all runs.
+        words: options of every run, after the config. `{out}` in them, as in a method's, is the folder of all runs,
+            `{seed}` the run's seed.
         epochs, seeds: of the whole and of the quick reproduction; no epochs: the configs' own lengths.
         claims: what is judged.
         shown: metrics that are reported without a claim.
         quick_words: options of the quick reproduction.
         prepared: name -> a training by whose config the shared data are made, once, before all runs.
-        episodes: gives a run folder's values in [0, 1] behind a metric; claims are then judged by the episodes of all
-            seeds together as well.
+        shared: trainings that methods have in common, done once with seed 0, in groups: those of a group may run side
+            by side, the next group may need them. Each is in the folder of its name.
+        episodes: gives the values in [0, 1] of a run folder behind a metric, or None if it has none; where it has,
+            claims are judged by the values of all seeds together as well.
         title, note: what the result is called, and what must be said of it.
     """
 
@@ -78,7 +83,8 @@ class Plan:
     shown: tuple[str, ...] = ()
     quick_words: tuple[str, ...] = ()
     prepared: dict[str, Method] = field(default_factory=dict)
-    episodes: Callable[[Path, str], list[float]] | None = None
+    shared: tuple[dict[str, Method], ...] = ()
+    episodes: Callable[[Path, str], list[float] | None] | None = None
     title: str | None = None
     note: str = "Laptop scale, never to be read as the paper's numbers."
 
@@ -113,6 +119,7 @@ class Job:
     words: tuple[str, ...]
     before: tuple[Training, ...] = ()
     last_stages: tuple[str, ...] = STAGES
+    checkpoint: str = "last"
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -130,7 +137,7 @@ class Job:
             made = [word for part in self.before for word in (part.option, str(folder / part.name / LAST))]
         own = ["--seed_everything", str(self.seed), "--data.seed", str(self.seed), "--vars.name", name]
         place = ["--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", "false"]
-        return [verb, "-c", config, *self.words, *made, *own, *place, "--ckpt_path", "last"]
+        return [verb, "-c", config, *self.words, *made, *own, *place, "--ckpt_path", self.checkpoint]
 
 
 def jobs(plan: Plan, out: Path, quick: bool) -> list[Job]:
@@ -141,8 +148,12 @@ def jobs(plan: Plan, out: Path, quick: bool) -> list[Job]:
         for name in plan.methods:
             method = plan.method(name)
             folder = out / f"{plain_name(name)}-seed{seed}"
-            own = in_folder((*words, *method.words), out)
-            found.append(Job(name, method.config, seed, folder, own, method.before))
+            own = filled((*words, *method.words), out, seed)
+            if method.checkpoint is None:
+                found.append(Job(name, method.config, seed, folder, own, method.before))
+            else:
+                (checkpoint,) = filled((method.checkpoint,), out, seed)
+                found.append(Job(name, method.config, seed, folder, own, (), ("test",), checkpoint))
     return found
 
 
@@ -150,9 +161,23 @@ def preparations(plan: Plan, out: Path, quick: bool) -> list[Job]:
     """What makes the data that all runs share: trainings of no length, as `fit` makes data that are missing."""
     found = []
     for name, entry in plan.prepared.items():
-        words = in_folder((*common_words(plan, quick), *entry.words, "--trainer.max_epochs", "0"), out)
+        words = filled((*common_words(plan, quick), *entry.words, "--trainer.max_epochs", "0"), out, 0)
         found.append(Job(name, entry.config, 0, out / name, words, last_stages=("fit",)))
     return found
+
+
+def shared_trainings(plan: Plan, out: Path, quick: bool) -> list[list[Job]]:
+    """The trainings of `Plan.shared`, group by group."""
+    return [
+        [
+            Job(
+                name, entry.config, 0, out / name,
+                filled((*common_words(plan, quick), *entry.words), out, 0), entry.before, ("fit",),
+            )
+            for name, entry in group.items()
+        ]
+        for group in plan.shared
+    ]  # fmt: skip
 
 
 def common_words(plan: Plan, quick: bool) -> tuple[str, ...]:
@@ -165,9 +190,9 @@ def common_words(plan: Plan, quick: bool) -> tuple[str, ...]:
     return (*words, "--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", every)
 
 
-def in_folder(words: Sequence[str], out: Path) -> tuple[str, ...]:
-    """The words with `{out}` replaced; other braces are left, as YAML has them."""
-    return tuple(word.replace("{out}", str(out)) for word in words)
+def filled(words: Sequence[str], out: Path, seed: int) -> tuple[str, ...]:
+    """The words with `{out}` and `{seed}` replaced; other braces are left, as YAML has them."""
+    return tuple(word.replace("{out}", str(out)).replace("{seed}", str(seed)) for word in words)
 
 
 def plain_name(method: str) -> str:

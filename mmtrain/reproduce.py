@@ -26,11 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmtrain.config_errors import UserError, nearest
 from mmtrain.metrics.intervals import Interval, apart, score_interval
-from mmtrain.plans import Claim, Job, Plan, jobs, preparations
+from mmtrain.plans import Claim, Job, Plan, jobs, preparations, shared_trainings
 from mmtrain.reporting.results import Estimate, Run, estimate, read_run
 from mmtrain.reporting.tables import FRACTIONS
 
-PAPERS = ("rankclip", "rdp")
+PAPERS = ("rankclip", "rdp", "difffoley")
 Verdict = Literal["holds", "does not hold", "undecided at this scale"]
 
 
@@ -159,7 +159,7 @@ def judge(plan: Plan, runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
         for rival in claim.rivals:
             theirs = [run.metrics[claim.metric] for run in runs[rival]]
             difference = estimate([a - b for a, b in zip(own, theirs, strict=True)])
-            pooled = {} if plan.episodes is None else {"episodes": by_episodes(plan, claim, runs[method], runs[rival])}
+            pooled = by_episodes(plan, claim, runs[method], runs[rival])
             found.append(
                 pooled
                 | {
@@ -181,12 +181,16 @@ def judge(plan: Plan, runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
 def by_episodes(plan: Plan, claim: Claim, own: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
     """What the episodes of all seeds together say of a claim: it holds if their 95 % intervals do not overlap.
 
+    `{"episodes": {...}}`, or nothing where the plan or the metric has no values of single episodes.
+
     Twice: `pooled` takes every episode as independent, `by_seed` draws seeds first and episodes inside them, which is
     also about other seeds than these, but coarse with three of them. Both are bootstrap intervals of the mean.
     """
     sides = {}
     for side, runs in (("ours", own), ("theirs", theirs)):
-        parts = [plan.episodes(run.folder, claim.metric) for run in runs]
+        parts = [plan.episodes(run.folder, claim.metric) if plan.episodes else None for run in runs]
+        if None in parts:
+            return {}
         values = [value for part in parts for value in part]
         seeds = [place for place, part in enumerate(parts) for _ in part]
         sides[side] = score_interval(values), score_interval(values, clusters=seeds), len(values)
@@ -196,18 +200,19 @@ def by_episodes(plan: Plan, claim: Claim, own: Sequence[Run], theirs: Sequence[R
         sign = apart(ours, rival) * (-1 if claim.direction == "lower" else 1)
         text: Verdict = {1: "holds", -1: "does not hold", 0: "undecided at this scale"}[sign]
         found[name] = {"ours": ours._asdict(), "theirs": rival._asdict(), "verdict": text}
-    return found
+    return {"episodes": found}
 
 
 def reproduce(plan: Plan, out: Path, quick: bool, at_a_time: int, command: str) -> dict[str, Any]:
     """Run what is not done yet, judge, and write `reproduce.json` and `reproduce.md` into `out`."""
-    first, todo = preparations(plan, out, quick), jobs(plan, out, quick)
-    run_all(first, at_a_time)
-    run_all(todo, at_a_time)
+    todo = jobs(plan, out, quick)
+    groups = [preparations(plan, out, quick), *shared_trainings(plan, out, quick), todo]
+    for group in groups:
+        run_all(group, at_a_time)
     runs: dict[str, list[Run]] = {method: [] for method in plan.methods}
     for job in todo:
         runs[job.method].append(read_run(job.folder))
-    stages = [read_stages(job.folder)[stage] for job in (*first, *todo) for stage in job.stages]
+    stages = [read_stages(job.folder)[stage] for group in groups for job in group for stage in job.stages]
     result = {
         "title": plan.title or f"{plan.own_method} at laptop scale",
         "note": plan.note,
