@@ -41,12 +41,28 @@ def main(argv: list[str]) -> int:
     pca.add_argument("out", type=Path, help="file to write (.npz)")
     pca.add_argument("--sensor", choices=("gelsight", "mctac"), help="needed if the store has both")
     pca.set_defaults(run=lambda a: fit_marker_pca(a.store, a.out, a.sensor))
+    _add_vggsound(verbs)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _add_vggsound(verbs: argparse._SubParsersAction) -> None:
+    shards = verbs.add_parser("vggsound", help="videos with sound to shards", description=make_clip_shards.__doc__)
+    shards.add_argument("source", type=Path, help="folder of videos, or a csv with a column path")
+    shards.add_argument("out", type=Path, help="folder for the shards")
+    shards.add_argument("--csv", type=Path, help="vggsound.csv: youtube id, start second, label, split")
+    shards.add_argument("--split", nargs="*", default=[], help="only these; without a list, the name of the one split")
+    shards.add_argument("--fps", type=float, default=4.0, help="frames a second")
+    shards.add_argument("--size", type=int, default=224, help="height and width of the frames")
+    shards.add_argument("--sample-rate", type=int, default=16000, help="of the sound, in Hz")
+    shards.add_argument("--seconds", type=float, default=10.0, help="longest clip")
+    shards.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="videos decoded at a time")
+    shards.add_argument("--shard-size", type=int, default=512, help="clips a shard")
+    shards.set_defaults(run=make_clip_shards)
 
 
 def index_shards(shards: list[str], workers: int = 1, rebuild: bool = False, out: Path | None = None) -> int:
@@ -102,13 +118,13 @@ def convert_episodes(
 
     Stopped, it goes on where it was when it is called again.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
     from datamodules.released_episodes import convert
+    from datamodules.tar_index import COLUMNS
 
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*COLUMNS, console=console) as progress:
         bar = progress.add_task("episodes", total=None)
         show = lambda done, total: progress.update(bar, completed=done, total=total)  # noqa: E731
         what = convert(released, out, pca, cameras_bgr, jpeg_quality, show)
@@ -128,3 +144,37 @@ def fit_marker_pca(store: Path, out: Path, sensor: str | None = None) -> int:
     marker_pca.save(matrix, out)
     print(f"{out}: {found}, {len(matrix.mean) // 2} markers, {matrix.components.shape[1]} components keep {kept:.2%}")
     return 0
+
+
+def make_clip_shards(arguments: argparse.Namespace) -> int:
+    """Cut videos into frames and sound and write them as shards for the stages of Diff-Foley.
+
+    Stopped, it goes on where it was when it is called again. What cannot be used is listed in failures.csv; returns 1
+    if that is more than half.
+    """
+    from rich.progress import Progress
+
+    from datamodules.tar_index import COLUMNS
+    from datamodules.vggsound import FAILURES, vggsound_rows, write_vggsound
+    from mmtrain.video_audio import ClipFormat
+
+    whole = max(1, int(arguments.fps * arguments.seconds))  # windows are cut later; any that fit do here
+    clip_format = ClipFormat(
+        fps=arguments.fps,
+        seconds=arguments.seconds,
+        frame_size=arguments.size,
+        sample_rate=arguments.sample_rate,
+        contrast_frames=whole,
+        window_frames=whole,
+    )
+    rows = vggsound_rows(arguments.source, arguments.csv, arguments.split)
+    console = Console()
+    with Progress(*COLUMNS, console=console) as progress:
+        bar = progress.add_task("clips", total=len(rows))
+        show = lambda done, total: progress.update(bar, completed=done, total=total)  # noqa: E731
+        written = write_vggsound(rows, arguments.out, clip_format, arguments.shard_size, arguments.workers, show)
+    for split, count in written.counts.items():
+        console.print(f"{split}: {count:,} clips, ids in {arguments.out / f'{split}_ids.txt'}", markup=False)
+    lost = len(written.failures)
+    console.print(f"{lost:,} of {len(rows):,} could not be used: {arguments.out / FAILURES}", markup=False)
+    return 1 if lost > len(rows) / 2 else 0

@@ -146,14 +146,21 @@ def write_wav(path: Path | str, waveform: ArrayLike, sample_rate: int) -> Path:
     Raises:
         ValueError: another shape, or values that are not finite.
     """
-    path = Path(path)
-    samples = np.round(_checked_sound(waveform) * 32767).astype("<i2")
-    with _part_file(path) as part, wave.open(str(part), "wb") as file:
+    path, content = Path(path), encode_wav(waveform, sample_rate)
+    with _part_file(path) as part:
+        part.write_bytes(content)
+    return path
+
+
+def encode_wav(waveform: ArrayLike, sample_rate: int) -> bytes:
+    """A WAV file of 16-bit PCM as bytes; arguments and errors as of `write_wav`, `read_wav` reads it."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(int(sample_rate))
-        file.writeframes(samples.tobytes())
-    return path
+        file.writeframes(np.round(_checked_sound(waveform) * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
 
 
 def read_wav(source: bytes | Path | str, where: str = "wav") -> tuple[np.ndarray, int]:

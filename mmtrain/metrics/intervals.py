@@ -10,6 +10,7 @@ from scipy.special import ndtri
 CONFIDENCE = 0.95
 DRAWS = 10_000
 ROUNDING = 1e-6  # of float32 scores
+DRAWN_AT_ONCE = 2**22  # values, which bounds the memory to about 64 MB
 
 
 class Interval(NamedTuple):
@@ -94,7 +95,13 @@ def bootstrap(
 
 
 def _resampled_means(values: np.ndarray, draws: int, random: np.random.Generator) -> np.ndarray:
-    return values[random.integers(len(values), size=(draws, len(values)))].mean(axis=1)
+    """Means [draws]; the chunks draw the same numbers as one large array would."""
+    means = np.empty(draws)
+    step = max(1, DRAWN_AT_ONCE // len(values))
+    for begin in range(0, draws, step):
+        part = means[begin : begin + step]
+        part[:] = values[random.integers(len(values), size=(len(part), len(values)))].mean(axis=1)
+    return means
 
 
 def score_interval(values: ArrayLike, seed: int = 0, clusters: ArrayLike | None = None) -> Interval:

@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from mmtrain.metrics import intervals
 from mmtrain.metrics.intervals import Interval, apart, bootstrap, mean_of, score_interval, wilson
 
 
@@ -40,6 +41,15 @@ def test_bootstrap_is_about_the_normal_interval_of_many_values_and_repeats_itsel
     got = bootstrap(values, seed=3)
     assert got == pytest.approx((values.mean(), values.mean() - half, values.mean() + half), abs=half / 15)
     assert got == bootstrap(values, seed=3) != bootstrap(values, seed=4)
+
+
+def test_bootstrap_in_chunks_draws_the_same(monkeypatch) -> None:
+    values = np.random.default_rng(2).random(37)
+    draw = lambda: (bootstrap(values, 5, draws=300), bootstrap(values, 5, np.arange(37) % 3, draws=300))  # noqa: E731
+    whole = draw()
+    for at_once in (37, 1000):  # also less than a row, and chunks that end in the middle of a 64-bit draw
+        monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", at_once)
+        assert draw() == whole
 
 
 def test_bootstrap_equals_the_exact_distribution_of_a_few_values() -> None:
