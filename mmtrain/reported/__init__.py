@@ -19,7 +19,25 @@ from mmtrain.config_errors import UserError, clip, nearest
 FOLDER = Path(__file__).parent
 Direction = Literal["higher", "lower", "none"]
 Status = Literal["exact", "digitised", "missing", "qualitative", "partial"]
-UNITS = ("percent", "cosine", "log", "projection", "score", "ratio", "count", "Hz", "ms", "us", "text", "none")
+UNITS = (
+    "percent",
+    "cosine",
+    "log",
+    "projection",
+    "score",
+    "ratio",
+    "count",
+    "Hz",
+    "ms",
+    "us",
+    "s",
+    "distance",
+    "nat",
+    "million",
+    "frames/s",
+    "text",
+    "none",
+)
 METRIC = re.compile(r"test/[a-z0-9_]+/[a-z0-9_]+")
 
 
@@ -30,7 +48,8 @@ class Column:
     Args:
         name: unique in the table.
         unit: "percent" (of 100), "cosine", "log", "projection" (a coordinate in a plot), "score",
-            "ratio", "count", "Hz", "ms", "us", "text" (words, and numbers printed as bounds: "<1"), or "none".
+            "ratio", "count", "Hz", "ms", "us", "s", "distance" (of distributions), "nat", "million", "frames/s", "text"
+            (words, and numbers printed as bounds: "<1"), or "none".
         direction: which way is better; "none" if neither, or if the paper does not say.
         metric: our key beside it, None if we measure no such thing. No two columns of a table share one.
         comparable: whether both count alike. False if they differ, or if the paper's way is not known.

@@ -15,7 +15,7 @@ from mmtrain.reported import as_logged, as_reported, load, papers, read
 from mmtrain.reporting.tables import compare
 
 COPY = Path(__file__).with_name("printed.txt")
-COPIES = {"rankclip": COPY, "rdp": COPY.with_name("printed_rdp.txt")}
+COPIES = {"rankclip": COPY} | {name: COPY.with_name(f"printed_{name}.txt") for name in ("difffoley", "rdp")}
 PAPER = load("rankclip")
 COLUMNS = [(table, column) for table in PAPER.tables for column in table.columns]
 Cell = tuple[str, str, str, str]
@@ -61,7 +61,7 @@ def our_cells(paper: reported.Paper) -> set[tuple]:
     return as_numbers(cells)
 
 
-@pytest.mark.parametrize(("name", "num_cells"), [("rankclip", 486), ("rdp", 141)])
+@pytest.mark.parametrize(("name", "num_cells"), [("rankclip", 486), ("rdp", 141), ("difffoley", 330)])
 def test_every_cell_equals_the_independent_copy_and_none_is_missing_on_either_side(name, num_cells):
     copy, ours = as_numbers(printed_cells(COPIES[name])), our_cells(load(name))
     assert ours - copy == set()
@@ -69,7 +69,7 @@ def test_every_cell_equals_the_independent_copy_and_none_is_missing_on_either_si
     assert len(ours) == num_cells
 
 
-@pytest.mark.parametrize("name", ["rankclip", "rdp"])
+@pytest.mark.parametrize("name", ["rankclip", "rdp", "difffoley"])
 def test_status_unit_and_reading_error_equal_the_independent_copy(name):
     tables, copy = load(name).tables, blocks(COPIES[name])
     assert [table.id for table in tables] == list(copy)
@@ -201,7 +201,7 @@ def test_units_convert_both_ways():
 
 
 def test_unknown_papers_and_tables_are_refused_with_the_nearest_name():
-    assert papers() == ["rankclip", "rdp"]
+    assert papers() == ["difffoley", "rankclip", "rdp"]
     with pytest.raises(UserError, match=r"did you mean rankclip\?"):
         load("rankclipp")
     with pytest.raises(UserError, match=r"did you mean rankclip_table3\?"):
