@@ -2,17 +2,15 @@
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from mmtrain.config_errors import UserError, nearest
+from mmtrain.recompute import recomputed
 
 
 def build_clip(architecture: str) -> open_clip.CLIP:
@@ -129,22 +127,7 @@ def encode(
     if micro_batch is None or micro_batch >= len(pictures) or not torch.is_grad_enabled():
         return parts(pictures, *texts)
     blocks = [
-        checkpoint(parts, *block, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(network)))
+        recomputed(parts, network, *block)
         for block in zip(pictures.split(micro_batch), *(t.split(micro_batch) for t in texts), strict=True)
     ]
     return tuple(torch.cat(features) for features in zip(*blocks, strict=True))
-
-
-@contextmanager
-def frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """Keep BatchNorm's running statistics as they are, while batches are still normalised with their own."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta, counts = [m.momentum for m in norms], [m.num_batches_tracked for m in norms]
-    for norm, count in zip(norms, counts, strict=True):
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None if count is None else count.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
