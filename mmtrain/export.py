@@ -8,9 +8,12 @@ from typing import Any, NoReturn
 
 from mmtrain.config_errors import UserError
 
+NAMES = {"rdp": "RDP", "difffoley": "Diff-Foley"}
 DESCRIPTION = """Write a checkpoint in a released layout. What it holds decides which:
   RankCLIP and other CLIP models   a file that open_clip.create_model loads
-  RDP tokenizer or policy, DP      the layout of the released RDP checkpoints (weights and normalisers)"""
+  RDP tokenizer or policy, DP      the layout of the released RDP checkpoints (weights and normalisers)
+  Diff-Foley CAVP, diffusion       the layout of the released Diff-Foley checkpoints (averaged weights, if there are
+  model, alignment classifiers     any); what the released networks do not have is refused"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def room(checkpoint: str | Path) -> str:
-    """The paper whose code exports a checkpoint: "rdp" for a model of that room, else "rankclip".
+    """The paper whose code exports a checkpoint: "rdp" or "difffoley" for a model of these rooms, else "rankclip".
 
     A file that cannot be read here goes to "rankclip", which knows more formats and says what is wrong.
     """
@@ -38,6 +41,9 @@ def room(checkpoint: str | Path) -> str:
         return "rankclip"
     settings = content.get("settings")
     stored = settings.get("model.class", "") if isinstance(settings, dict) else ""
+    stored = str(content.get("model_class") or stored)  # rooms may name the class themselves
+    if stored.startswith("mmtrain.difffoley."):
+        return "difffoley"
     return "rdp" if stored.startswith("mmtrain.rdp.") or "state_dicts" in content else "rankclip"
 
 
@@ -59,18 +65,24 @@ def main(argv: list[str]) -> int:
         UserError: a mistake on the command line, or a checkpoint that cannot be exported.
     """
     options = parser().parse_args(argv)
-    if room(options.checkpoint) == "rankclip":
-        if options.tokenizer:
-            raise UserError(f"--tokenizer: {options.checkpoint} is no policy of RDP")
+    paper = room(options.checkpoint)
+    if options.tokenizer and paper != "rdp":
+        raise UserError(f"--tokenizer: {options.checkpoint} is no policy of RDP")
+    if options.architecture and paper != "rankclip":
+        raise UserError(f"--architecture: is for CLIP models, {options.checkpoint} is one of {NAMES[paper]}")
+    if paper == "rankclip":
         from mmtrain.rankclip.pretrained import main as export_clip
 
         named = ["--architecture", options.architecture] if options.architecture else []
         return export_clip([options.checkpoint, options.out, *named])
-    if options.architecture:
-        raise UserError(f"--architecture: is for CLIP models, {options.checkpoint} is one of RDP")
-    from mmtrain.rdp.pretrained import export
+    if paper == "difffoley":
+        from mmtrain.difffoley.pretrained import export as export_foley
 
-    done = export(options.checkpoint, options.out, options.tokenizer)
+        done = export_foley(options.checkpoint, options.out)
+    else:
+        from mmtrain.rdp.pretrained import export
+
+        done = export(options.checkpoint, options.out, options.tokenizer)
     print(f"wrote         {options.out}" + (f" and {options.tokenizer}" if options.tokenizer else ""))
     print(f"kind          {done['kind']}")
     print(f"keys          {done['keys']}")
