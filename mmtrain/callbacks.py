@@ -252,17 +252,19 @@ class PredictionFiles(BasePredictionWriter):
         if not prediction:
             return  # nothing of the batch could be read
         folder = Path(trainer.default_root_dir) / "predictions"
+        folder.mkdir(parents=True, exist_ok=True)
         on_cpu = {name: value.cpu() for name, value in prediction.items()}
         torch.save(on_cpu, folder / f"{dataloader_idx}-{batch_idx:05d}-rank{trainer.global_rank}.pt")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = Path(trainer.default_root_dir) / "predictions"
         if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob("*-rank*.pt"):
+            for old in Path(trainer.default_root_dir, "predictions").glob("*-rank*.pt"):
                 old.unlink()
         trainer.strategy.barrier()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            Console().print(f"predictions are in {trainer.default_root_dir}/predictions")
+        """Say where they are, unless there are none, as of a model that writes files of its own."""
+        trainer.strategy.barrier()  # what other processes wrote counts
+        folder = Path(trainer.default_root_dir) / "predictions"
+        if trainer.is_global_zero and any(folder.glob("*-rank*.pt")):
+            Console().print(f"predictions are in {folder}")

@@ -17,7 +17,10 @@ from mmtrain.config_errors import UserError, clip
 LAST = "last.ckpt"
 
 # Settings that do not change what is computed, so they may differ on resume without a word.
-HARMLESS = ("num_workers", "pretrained", "eval_batch_size", "chunk", "evaluate", "benchmarks", "test")
+HARMLESS = (
+    *("num_workers", "pretrained", "eval_batch_size", "chunk", "evaluate", "benchmarks", "test", "cache"),
+    *("guidance", "sampler", "guidance_classifier", "cavp", "predict"),  # of sampling, not of training
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

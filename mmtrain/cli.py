@@ -178,6 +178,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
     # our evaluation metrics are gathered by torchmetrics before they are logged
     warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True.*")
+    # a frozen part of a model is in evaluation mode on purpose
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training.*")
     # only names settings of callbacks that changed, of which ResumeGuard tells those that matter
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create.*")
     # two libraries disagreeing inside Lightning

@@ -18,7 +18,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmtrain.callbacks import DataCounters, NonFiniteGuard, RandomState, random_state, set_random_state
+from mmtrain.callbacks import (
+    DataCounters,
+    NonFiniteGuard,
+    PredictionFiles,
+    RandomState,
+    random_state,
+    set_random_state,
+)
 from mmtrain.checkpoint import AtomicCheckpointIO, ResumeGuard
 from mmtrain.config_errors import UserError
 from tests.processes import run_in_processes
@@ -390,3 +397,29 @@ def test_resume_guard_sees_another_class_and_does_not_look_outside_fit(checkpoin
         trainer(tmp_path, ResumeGuard(), max_steps=4).fit(Other(optim=Optim()), Data(), ckpt_path=checkpoint)
     run = trainer(tmp_path, ResumeGuard())
     run.validate(Other(optim=Optim()), DataLoader(torch.ones(2, 3)), ckpt_path=checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------ files of predictions
+
+
+class Predicting(Net):
+    """Predicts rows, or nothing, as a model that writes files of its own."""
+
+    is_silent = False
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        return {} if self.is_silent else {"rows": batch}
+
+
+def test_predictions_are_written_and_nothing_is_said_where_there_are_none(tmp_path, capsys) -> None:
+    model, loader = Predicting(), DataLoader(torch.arange(6.0).view(3, 2), 2)
+    trainer(tmp_path, PredictionFiles()).predict(model, loader, return_predictions=False)
+    files = sorted((tmp_path / "predictions").iterdir())
+    assert [file.name for file in files] == ["0-00000-rank0.pt", "0-00001-rank0.pt"]
+    assert torch.equal(torch.cat([torch.load(file)["rows"] for file in files]), loader.dataset)
+    assert "predictions are in" in capsys.readouterr().out
+    model.is_silent = True
+    trainer(tmp_path, PredictionFiles()).predict(model, loader, return_predictions=False)
+    assert not any((tmp_path / "predictions").iterdir()), "those of the run before are not this one's"
+    trainer(tmp_path / "new", PredictionFiles()).predict(model, loader, return_predictions=False)
+    assert not (tmp_path / "new" / "predictions").exists() and "predictions" not in capsys.readouterr().out
