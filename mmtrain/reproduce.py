@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -326,10 +327,15 @@ def main(argv: list[str]) -> int:
     if arguments.only:
         plans = only(plans, arguments.only)
     wide = Console(width=max(Console().width, 120))  # at 80 characters the names would be cut
-    for task, plan in plans.items():
-        folder = out / task if task else out
-        reproduce(plan, folder, arguments.quick, arguments.jobs, command)
-        wide.print(Markdown((folder / "reproduce.md").read_text()))
+    # an exception, so that the runs are ended too, and save
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        for task, plan in plans.items():
+            folder = out / task if task else out
+            reproduce(plan, folder, arguments.quick, arguments.jobs, command)
+            wide.print(Markdown((folder / "reproduce.md").read_text()))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"all of it is in {out}; a page of it: python -m mmtrain report {out}")
     return 0
 

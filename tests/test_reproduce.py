@@ -124,6 +124,14 @@ def test_real_processes_are_ended_when_one_fails(tmp_path: Path) -> None:
     assert read_stages(tmp_path / "a")["fit"]["cpu_seconds"] > 0
 
 
+def test_sigterm_is_an_exception_here_so_that_the_runs_end_too(monkeypatch, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(reproduce, "reproduce", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        reproduce.main(["rankclip", "--quick", "--out", str(tmp_path)])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     command = [
