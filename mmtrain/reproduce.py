@@ -224,7 +224,11 @@ def reproduce(plan: Plan, out: Path, quick: bool, at_a_time: int, command: str) 
         "seconds": sum(stage["seconds"] for stage in stages),
         "claims": judge(plan, runs),
         "metrics": {
-            metric: {method: asdict(estimate([run.metrics[metric] for run in own])) for method, own in runs.items()}
+            metric: {
+                method: asdict(estimate([run.metrics[metric] for run in own]))
+                for method, own in runs.items()
+                if all(metric in run.metrics for run in own)  # real sound takes no time to generate
+            }
             for metric in dict.fromkeys([*(claim.metric for claim in plan.claims), *plan.shown])
         },
     }
@@ -245,7 +249,9 @@ def as_markdown(result: dict[str, Any]) -> str:
         table_line(["---"] * (1 + len(methods))),
     ]
     for metric, row in result["metrics"].items():
-        lines.append(table_line([metric.removeprefix("test/"), *(spread(metric, row[method]) for method in methods)]))
+        lines.append(
+            table_line([metric.removeprefix("test/"), *(spread(metric, row.get(method)) for method in methods)])
+        )
     if not result["claims"]:
         return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:]) + "\n"
     lines += ["", table_line(["claim", "metric", "against", "difference", "verdict"]), table_line(["---"] * 5)]
@@ -293,8 +299,10 @@ def table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def spread(metric: str, found: dict[str, Any], sign: str = "") -> str:
-    """`12.34 ± 0.56`, in percent if the metric is a fraction."""
+def spread(metric: str, found: dict[str, Any] | None, sign: str = "") -> str:
+    """`12.34 ± 0.56`, in percent if the metric is a fraction; a dash for what was not measured."""
+    if found is None:
+        return "–"
     factor, digits = (100, 2) if FRACTIONS.fullmatch(metric.rpartition("/")[2]) else (1, 3)
     text = f"{factor * found['mean']:{sign}.{digits}f}"
     if found["high"] is None:
