@@ -94,14 +94,20 @@ class Plan:
         return entry if isinstance(entry, Method) else Method(entry)
 
     def only(self, names: Sequence[str]) -> "Plan":
-        """The plan of some of its methods, with the claims that are about two of them; other names are passed over."""
+        """The plan of some of its methods, with the claims that are about two of them; other names are passed over.
+
+        Of the shared trainings those stay whose folder a chosen method or the plan's words name.
+        """
         claims = [replace(c, rivals=tuple(r for r in c.rivals if r in names)) for c in self.claims]
         kept = tuple(claim for claim in claims if claim.rivals and (claim.own or self.own_method) in names)
         methods = {name: entry for name, entry in self.methods.items() if name in names}
-        needs = {self.method(name).needs for name in methods}
+        chosen = [self.method(name) for name in methods]
+        needs = {method.needs for method in chosen}
+        used = " ".join((*self.words, *(word for m in chosen for word in (*m.words, m.checkpoint or ""))))
         return replace(
             self,
             methods=methods,
+            shared=tuple({n: m for n, m in group.items() if f"{{out}}/{n}/" in used} for group in self.shared),
             prepared={name: entry for name, entry in self.prepared.items() if name in needs},
             claims=kept,
             shown=tuple(dict.fromkeys([*(claim.metric for claim in self.claims), *self.shown])),

@@ -198,6 +198,12 @@ def test_shared_trainings_are_done_once_before_the_rows_which_are_judged_by_clip
     assert len(find_runs([tmp_path])) == 3 * len(PLAN.methods), "shared trainings are no results"
 
 
+def test_a_row_keeps_the_shared_trainings_that_it_uses() -> None:
+    names = {name for group in PLAN.shared for name in group}
+    assert {name for group in PLAN.only([CFG]).shared for name in group} == names - {"ldm_flow"}
+    assert {name for group in PLAN.only([FLOW, REAL]).shared for name in group} == names
+
+
 def test_rows_can_be_chosen_on_the_command_line(recorder, tmp_path: Path) -> None:
     assert reproduce.main(["difffoley", "--quick", "--out", str(tmp_path), "--jobs", "1", "--only", CFG, PLAIN]) == 0
     rows = [f"test {plain_name(name)}-seed0" for name in (PLAIN, CFG)]
