@@ -248,3 +248,13 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if self._step_before is not None and self._last_global_step_saved != trainer.global_step:
             self._save_checkpoint(trainer, self.path)
+
+
+def training_record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint tells of its training, for `results.json`."""
+    return {
+        "step": checkpoint.get("global_step", 0),
+        "epoch": checkpoint.get("epoch", 0),
+        "seed": checkpoint.get("settings", {}).get("seed_everything"),
+        "data_counts": checkpoint.get("data_counts", {}),
+    }

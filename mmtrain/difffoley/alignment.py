@@ -17,8 +17,8 @@ from mmtrain.config_errors import UserError
 from mmtrain.difffoley.checkpoints import (
     CLASS,
     FEATURES,
+    accept,
     check_class,
-    check_features,
     check_first_stage,
     check_has_first_stage,
     class_path,
@@ -28,7 +28,6 @@ from mmtrain.difffoley.checkpoints import (
     is_ours,
     own_network,
     read_file,
-    training_record,
 )
 from mmtrain.difffoley.first_stage import FirstStage, load_first_stage
 from mmtrain.difffoley.networks import AlignmentNetwork, network_settings
@@ -227,16 +226,7 @@ class AlignmentClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or of other clips before its weights are loaded."""
-        check_class(checkpoint, type(self))
-        hparams = checkpoint.get("hyper_parameters", {})
-        if hparams.get("format"):
-            check_same(self.format, hparams["format"], "ckpt_path")
-        if hparams.get("noisy", self.noisy) != self.noisy:
-            raise UserError(
-                f"ckpt_path: the checkpoint was trained with noisy {hparams['noisy']}, this model has {self.noisy}"
-            )
-        check_features(self.data_features, checkpoint.get(FEATURES), "data.features")
-        self.trained, self.features_from = training_record(checkpoint), checkpoint.get(FEATURES)
+        accept(self, checkpoint, "noisy")
 
     @property
     def backbone(self) -> str:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmtrain.checkpoint import flatten, plain, settings
+from mmtrain.checkpoint import flatten, plain, settings, training_record
 from mmtrain.config_errors import UserError
-from mmtrain.difffoley.checkpoints import CLASS, check_class, class_path, training_record
+from mmtrain.difffoley.checkpoints import CLASS, check_class, class_path
 from mmtrain.difffoley.first_stage import FirstStage, autoencoder_config, load_first_stage
 from mmtrain.difffoley.weights import check_fits, naming
 from mmtrain.optim import AdamWSettings

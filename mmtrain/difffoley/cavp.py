@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from mmtrain.checkpoint import plain, settings
+from mmtrain.checkpoint import plain, settings, training_record
 from mmtrain.config_errors import UserError
-from mmtrain.difffoley.checkpoints import CLASS, check_class, class_path, training_record
+from mmtrain.difffoley.checkpoints import CLASS, check_class, class_path
 from mmtrain.difffoley.clip_retrieval import KS, ClipRetrieval
 from mmtrain.difffoley.cnn14 import Cnn14
 from mmtrain.difffoley.losses import cavp_loss

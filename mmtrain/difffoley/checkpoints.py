@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from mmtrain.checkpoint import training_record
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.first_stage import FirstStage, load_first_stage, read_config
 from mmtrain.difffoley.weights import check_fits, naming, read_checkpoint
@@ -56,14 +58,27 @@ def check_class(checkpoint: Mapping[str, Any], kind: type, where: str = "ckpt_pa
         raise UserError(f"{where}: is of {stored}, expected one of {class_path(kind)}")
 
 
-def training_record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint tells of its training, for `results.json`."""
-    return {
-        "step": checkpoint.get("global_step", 0),
-        "epoch": checkpoint.get("epoch", 0),
-        "seed": checkpoint.get("settings", {}).get("seed_everything"),
-        "data_counts": checkpoint.get("data_counts", {}),
-    }
+def accept(module: pl.LightningModule, checkpoint: Mapping[str, Any], setting: str) -> None:
+    """Take over what a checkpoint tells of its training, before its weights are loaded.
+
+    Args:
+        module: has `format`, `data_features`, and gets `trained` and `features_from`.
+        setting: an attribute of the module that must be as in training.
+
+    Raises:
+        UserError: it is of another model, of clips that were cut otherwise, of another `setting` or another CAVP.
+    """
+    check_class(checkpoint, type(module))
+    theirs, own = checkpoint.get("hyper_parameters", {}), getattr(module, setting)
+    if theirs.get("format"):
+        check_same(module.format, theirs["format"], "ckpt_path")
+    if theirs.get(setting, own) != own:
+        raise UserError(
+            f"ckpt_path: the checkpoint was trained with {setting} {theirs[setting]}, this model has {own}; give the "
+            "config that it was trained with"
+        )
+    check_features(module.data_features, checkpoint.get(FEATURES), "data.features")
+    module.trained, module.features_from = training_record(checkpoint), checkpoint.get(FEATURES)
 
 
 def check_has_first_stage(first_stage: Any, stage: str, resumed: bool) -> None:

@@ -18,6 +18,7 @@ from mmtrain.difffoley.alignment import load_alignment
 from mmtrain.difffoley.checkpoints import (
     CLASS,
     FEATURES,
+    accept,
     check_class,
     check_features,
     check_has_first_stage,
@@ -27,7 +28,6 @@ from mmtrain.difffoley.checkpoints import (
     is_ours,
     own_network,
     read_file,
-    training_record,
 )
 from mmtrain.difffoley.evaluate import FoleyTestSettings
 from mmtrain.difffoley.features import CavpFeatures
@@ -42,7 +42,7 @@ from mmtrain.difffoley.weights import naming
 from mmtrain.ema import ema_weights
 from mmtrain.noise_schedule import NoiseSchedule, Objective, check_objective
 from mmtrain.optim import AdamWSettings
-from mmtrain.video_audio import ClipFormat, check_same
+from mmtrain.video_audio import ClipFormat
 
 RELEASED_OPTIM = {"lr": 1e-4, "weight_decay": 0.01, "decay": "all", "schedule": "constant", "warmup_steps": 1000}
 
@@ -269,17 +269,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or of other clips before its weights are loaded."""
-        check_class(checkpoint, type(self))
-        theirs = checkpoint.get("hyper_parameters", {})
-        if theirs.get("format"):
-            check_same(self.format, theirs["format"], "ckpt_path")
-        if theirs.get("objective", self.objective) != self.objective:
-            raise UserError(
-                f"ckpt_path: the checkpoint was trained with objective {theirs['objective']}, this model has "
-                f"{self.objective}; give the config that it was trained with"
-            )
-        check_features(self.data_features, checkpoint.get(FEATURES), "data.features")
-        self.trained, self.features_from = training_record(checkpoint), checkpoint.get(FEATURES)
+        accept(self, checkpoint, "objective")
 
     @property
     def method(self) -> str:

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mmtrain.checkpoint import plain, settings
+from mmtrain.checkpoint import plain, settings, training_record
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.checkpoints import (
     CLASS,
@@ -17,7 +17,6 @@ from mmtrain.difffoley.checkpoints import (
     is_ours,
     read_file,
     trained_class,
-    training_record,
 )
 from mmtrain.difffoley.melception import Melception, is_released_melception, load_melception
 from mmtrain.metrics.generation import HitRate

@@ -15,9 +15,9 @@ from torch.nn.functional import pad
 
 from mmtrain.audio import clip_spectrogram, preset, resample
 from mmtrain.audio_inversion import invert
-from mmtrain.checkpoint import plain, settings
+from mmtrain.checkpoint import plain, settings, training_record
 from mmtrain.config_errors import UserError
-from mmtrain.difffoley.checkpoints import CLASS, class_path, training_record
+from mmtrain.difffoley.checkpoints import CLASS, class_path
 from mmtrain.difffoley.evaluate import FoleyEvaluation, FoleyTestSettings
 from mmtrain.difffoley.seeding import clip_generator, clip_noise
 from mmtrain.difffoley.specvqgan import PatchDiscriminator, Vqgan, hinge_loss, perplexity, to_grid, to_sequence

@@ -10,7 +10,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from mmtrain.checkpoint import flatten, plain, settings
+from mmtrain.checkpoint import flatten, plain, settings, training_record
 from mmtrain.config_errors import UserError
 from mmtrain.diffusion import noised, sample, timesteps
 from mmtrain.normaliser import Normaliser, limits
@@ -29,7 +29,6 @@ from mmtrain.rdp.tokenizer import (
     TokenizerSettings,
     load_tokenizer,
     position_error_mm,
-    training_record,
 )
 from mmtrain.robot_tasks import PolicySpec, Task, Touch, Vision, policy_spec
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from mmtrain.checkpoint import plain, settings
+from mmtrain.checkpoint import plain, settings, training_record
 from mmtrain.normaliser import Normaliser
 from mmtrain.optim import AdamWSettings
 from mmtrain.rdp.checkpoints import check_class, check_data, check_identity, is_released, read_checkpoint
@@ -181,16 +181,6 @@ def position_error_mm(predicted: Tensor, action: Tensor, spec: PolicySpec) -> Te
 def tokenizer_spec(spec: PolicySpec, settings: TokenizerSettings) -> PolicySpec:
     """The specification as the decoder sees it: without touch if that was taken away."""
     return spec if settings.decoder_touch else replace(spec, touch_inputs={})
-
-
-def training_record(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint tells of its training, for `results.json`."""
-    return {
-        "step": checkpoint.get("global_step", 0),
-        "epoch": checkpoint.get("epoch", 0),
-        "seed": checkpoint.get("settings", {}).get("seed_everything"),
-        "data_counts": checkpoint.get("data_counts", {}),
-    }
 
 
 def identity(task: str, touch: str, relative: bool | None, preset: str, tokenizer: Any, **_: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mmtrain.difffoley.first_stage import FirstStage, autoencoder_config
 from mmtrain.difffoley.generation import SamplerSettings, generate_latents, generate_long, to_waveform
 from mmtrain.difffoley.guidance import GuidanceSettings
 from mmtrain.difffoley.networks import AlignmentNetwork, FoleyUNet
+from mmtrain.difffoley.testing import Stopwatch
 from mmtrain.noise_schedule import NoiseSchedule
 from mmtrain.video_audio import ClipFormat
 
@@ -108,7 +109,7 @@ def frame_by_frame(mel: Tensor) -> Tensor:
     return found.view(len(mel), -1, bank.shape[1]).transpose(1, 2).float().to(mel.device)
 
 
-def plain(networks: Networks, features: Tensor, noise: Tensor, steps: int, watch: "Watch") -> Tensor:
+def plain(networks: Networks, features: Tensor, noise: Tensor, steps: int, watch: Stopwatch) -> Tensor:
     latents = []
     for own, x in zip(features.split(1), noise.split(1), strict=True):
         z = watch("latent", lambda own=own, x=x: plain_latent(networks, own, x, steps))
@@ -126,7 +127,7 @@ def ours(
     networks: Networks,
     features: Tensor,
     noise: Tensor,
-    watch: "Watch",
+    watch: Stopwatch,
     sampler: SamplerSettings,
     objective: str = "eps",
     guidance: GuidanceSettings = GUIDANCE,
@@ -139,30 +140,11 @@ def ours(
     return z
 
 
-class Watch:
-    """Seconds by part."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, {}
-
-    def __call__(self, part: str, work: Part) -> Any:
-        self._wait()
-        begin = time.perf_counter()
-        result = work()
-        self._wait()
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
-        return result
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
 def compare_clips(networks: Networks, clips: int, steps: int, repeats: int, device: str) -> dict[str, float]:
     """Print time a clip of each part, and the ratio to the plain way; returns the ratios and the largest difference."""
     features, noise = networks.features(clips, networks.format.window_frames, device), networks.noise(clips, device)
     cfg = GuidanceSettings(GUIDANCE.scale, 0.0, GUIDANCE.null_condition)
-    works: dict[str, Callable[[Watch], Tensor]] = {
+    works: dict[str, Callable[[Stopwatch], Tensor]] = {
         "plain, DDIM": lambda watch: plain(networks, features, noise, steps, watch),
         "ours, DDIM": lambda watch: ours(networks, features, noise, watch, SamplerSettings("ddim", steps)),
         "ours, DPM-Solver++": lambda watch: ours(
@@ -172,11 +154,11 @@ def compare_clips(networks: Networks, clips: int, steps: int, repeats: int, devi
             networks, features, noise, watch, SamplerSettings("euler", 5), "flow", cfg
         ),
     }
-    latents = {name: work(Watch(device)) for name, work in works.items()}  # warm-up
+    latents = {name: work(Stopwatch(torch.device(device))) for name, work in works.items()}  # warm-up
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in works}
     for _ in range(repeats):  # in turn, so that whatever else the machine does meets all
         for name, work in works.items():
-            watch = Watch(device)
+            watch = Stopwatch(torch.device(device))
             work(watch)
             runs[name].append(watch.seconds)
     medians = {name: sorted(some, key=lambda one: sum(one.values()))[repeats // 2] for name, some in runs.items()}
@@ -202,7 +184,7 @@ def compare_inversion(frames: int, device: str) -> None:
         ("scipy, frame by frame", lambda: frame_by_frame(mel)),
         ("ours, batched", lambda: mel_to_magnitude(decompress(mel), PRESET)),
     ):
-        watch, wanted = Watch(device), decompress(mel).cpu()
+        watch, wanted = Stopwatch(torch.device(device)), decompress(mel).cpu()
         magnitude = watch("inversion", work)
         residual = ((filter_bank(PRESET) @ magnitude.cpu() - wanted).norm() / wanted.norm()).item()
         took = 1e3 * watch.seconds["inversion"]

@@ -150,3 +150,17 @@ def validate(module: pl.LightningModule, data: TinyData) -> dict[str, float]:
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Whether two states are the same."""
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def bare_trainer(folder: Path, steps: int) -> pl.Trainer:
+    """A trainer that only keeps its last checkpoint."""
+    return pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        callbacks=[LastCheckpoint()],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )

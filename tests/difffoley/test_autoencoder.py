@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mmtrain.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.autoencoder import Autoencoder, autoencoder_loss
 from mmtrain.difffoley.first_stage import load_first_stage
 from mmtrain.optim import AdamWSettings
+from tests.difffoley.foley_data import bare_trainer as trainer
 
 SIZES = {"channels": (32, 32), "layers_per_block": 1, "latent_channels": 2}
 
@@ -35,19 +35,6 @@ class Mels(pl.LightningDataModule):
         return [DataLoader(self.items, batch_size=8)]
 
     test_dataloader = val_dataloader
-
-
-def trainer(folder: Path, steps: int) -> pl.Trainer:
-    return pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=folder,
-        callbacks=[LastCheckpoint()],
-        plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 def test_loss() -> None:

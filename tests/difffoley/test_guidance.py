@@ -13,6 +13,7 @@ from mmtrain.difffoley.layouts import unet_names
 from mmtrain.difffoley.networks import AlignmentNetwork, FoleyUNet
 from mmtrain.noise_schedule import NoiseSchedule
 from mmtrain.samplers import ddim_step, ddim_timesteps, dpm_solver_pp
+from tests.difffoley import filling
 from tests.golden import load
 from tests.golden.fill import array, fill
 
@@ -20,15 +21,7 @@ SCHEDULE = NoiseSchedule()
 GOLDEN = "difffoley/schedule_samplers.npz"
 # Values reach 66: there, the reference's own float32 rounding is 1.2e-4, which is how far a float64 run of ours is off.
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
-SMALL = {
-    "feature_dim": 24,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "attention_levels": (False, True),
-    "heads": 4,
-    "context_width": 24,
-    "max_frames": 12,
-}
+SMALL = filling.SMALL | {"feature_dim": 24}
 
 
 def given(name: str, *shape: int) -> Tensor:

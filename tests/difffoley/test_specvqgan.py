@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmtrain.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.specvqgan import Vqgan
 from mmtrain.difffoley.specvqgan_gpt import FeatureGpt
@@ -17,6 +16,7 @@ from mmtrain.difffoley.specvqgan_inputs import matching_features, picture
 from mmtrain.difffoley.specvqgan_training import SpecVqganCodebook, SpecVqganTransformer
 from mmtrain.optim import AdamWSettings
 from mmtrain.video_audio import ClipFormat
+from tests.difffoley.foley_data import bare_trainer as trainer
 
 FRAMES, FEATURES, WIDTH = 32, 4, 6
 NETWORK = {"width": 32, "multipliers": (1, 1, 1, 1, 1), "blocks": 1, "num_codes": 16, "code_width": 8}
@@ -59,19 +59,6 @@ class Clips(pl.LightningDataModule):
 
     def all(self) -> dict[str, Tensor]:
         return next(iter(DataLoader(self.items, batch_size=4)))
-
-
-def trainer(folder: Path, steps: int) -> pl.Trainer:
-    return pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=folder,
-        callbacks=[LastCheckpoint()],
-        plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 @pytest.fixture(scope="module")
