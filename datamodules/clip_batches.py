@@ -179,9 +179,9 @@ class WindowBatches(ClipBatches):
     def evaluation_item(self, draw: Draw, clip: Clip) -> dict[str, Any]:
         """The first window of a clip, with its sound "audio" [N], "name", "label" and "onsets" (seconds) where known.
 
-        "shifted_features" are of another time of it. "wrong_features", "other_mel" and, where there is sound,
-        "other_audio" are of the first window of another clip, the same one for the same set, see `partners`: the sound
-        that a test with `audio: random` plays. A set of one clip has none of these.
+        "clip_features" are of all its frames, "shifted_features" of another time of it. "wrong_features", "other_mel"
+        and, where there is sound, "other_audio" are of the first window of another clip, the same one for the same set,
+        see `partners`: the sound that a test with `audio: random` plays. A set of one clip has none of these.
         """
         item: dict[str, Any] = self.cut(clip, window_at(self.format, 0)) | {"id": draw.sample, "name": clip.id}
         if clip.audio is not None:
@@ -192,6 +192,7 @@ class WindowBatches(ClipBatches):
             inside = [t for t in clip.onsets if t < self.format.window_seconds]
             item["onsets"] = torch.tensor(inside, dtype=torch.float32)
         if self.with_features:
+            item["clip_features"] = clip.features
             item["shifted_features"] = self.shifted(clip, draw.generator(), start=0)["features"]
         if len(self.reader) > 1:
             other = self.partner(self._clip_of(draw))

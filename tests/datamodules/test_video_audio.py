@@ -154,6 +154,7 @@ def test_test_batches_hold_all_that_metrics_need(shards) -> None:
             assert batch["onsets"][row].tolist() == pytest.approx(inside)
             first = lambda key, row=row, batch=batch: round(float(batch[key][row, 0, 0]))  # noqa: E731
             assert first("features") == first("wrong_features") == 0 and first("shifted_features") >= 4
+            assert len(batch["clip_features"][row]) == SMALL.frames and first("clip_features") == 0
             other = MAKER.clip("test", int(partners(4)[index]))
             assert other.id != name
             sound, _ = decode_wav(encode_wav(other.audio, 16000))
