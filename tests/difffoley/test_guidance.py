@@ -64,8 +64,10 @@ def test_guided_ddim_step_golden(networks, index: int, name: str, gamma: float):
     stepped = ddim_step(eps, x, t, previous, SCHEDULE)
     np.testing.assert_allclose(stepped, golden[f"{name}_ddim_idx{index}_xprev"], **TOLERANCE)
     if gamma:
+        # the clean sample magnifies the rounding of the noise by sigma / alpha, up to 13 at the noisiest step
+        magnified = TOLERANCE | {"atol": 2e-5 * max(5.0, SCHEDULE.sigma(t) / SCHEDULE.alpha(t))}
         clean = SCHEDULE.x0_from_eps(eps, x, t)
-        np.testing.assert_allclose(clean, golden[f"{name}_ddim_idx{index}_predx0"], **TOLERANCE)
+        np.testing.assert_allclose(clean, golden[f"{name}_ddim_idx{index}_predx0"], **magnified)
 
 
 @pytest.mark.parametrize(("name", "gamma"), [("double_guidance", 50.0), ("cfg", 0.0)])

@@ -68,6 +68,7 @@ def test_offline_baselines_hold_the_reported_values(tmp_path, capsys) -> None:
     paper = only("rankclip_table1", "rankclip_fig3_lambda1", "alip_retrieval", "rankclip_fig5_alignment_uniformity")
     for _ in range(2):
         make(paper, "someone", "papers", tmp_path, is_offline=True)
+        close()  # else a file may still be without its last records when it is read, or replaced
     assert f"wandb sync {tmp_path}/wandb/offline-run-" in capsys.readouterr().err
     files = [read_file(path) for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
     assert len(files) == len({found["id"] for found in files}), "the second time the first ones were replaced"
