@@ -32,12 +32,12 @@ from mmtrain.difffoley.checkpoints import (
 from mmtrain.difffoley.first_stage import FirstStage, load_first_stage
 from mmtrain.difffoley.networks import AlignmentNetwork, network_settings
 from mmtrain.difffoley.pretrained import FIRST_STAGE, load_alignment_network
-from mmtrain.difffoley.seeding import clip_noise, spread_times
 from mmtrain.difffoley.weights import naming, read_weights
 from mmtrain.ema import ema_weights
 from mmtrain.metrics.generation import SampleMetric
 from mmtrain.noise_schedule import NoiseSchedule
 from mmtrain.optim import AdamWSettings
+from mmtrain.seeding import clip_noise, spread_times
 from mmtrain.video_audio import ClipFormat, check_same
 
 SMALLEST = {"block_out_channels": (32,)}  # a first stage that is replaced at once

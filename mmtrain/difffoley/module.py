@@ -36,12 +36,12 @@ from mmtrain.difffoley.guidance import GuidanceSettings
 from mmtrain.difffoley.networks import FoleyUNet, NullCondition, check_raw_context, network_settings
 from mmtrain.difffoley.outputs import PredictSettings, SoundWriter
 from mmtrain.difffoley.pretrained import init_from_stable_diffusion, load_foley_unet
-from mmtrain.difffoley.seeding import clip_noise, spread_times
 from mmtrain.difffoley.testing import SoundTest
 from mmtrain.difffoley.weights import naming
 from mmtrain.ema import ema_weights
 from mmtrain.noise_schedule import NoiseSchedule, Objective, check_objective
 from mmtrain.optim import AdamWSettings
+from mmtrain.seeding import clip_noise, spread_times
 from mmtrain.video_audio import ClipFormat
 
 RELEASED_OPTIM = {"lr": 1e-4, "weight_decay": 0.01, "decay": "all", "schedule": "constant", "warmup_steps": 1000}

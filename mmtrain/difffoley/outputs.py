@@ -15,9 +15,9 @@ from tqdm import tqdm
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.figures import sound_picture
 from mmtrain.difffoley.generation import generate_long, join, to_waveform
-from mmtrain.difffoley.seeding import clip_generator
 from mmtrain.media import add_sound, write_wav
 from mmtrain.metrics.onsets import detect_onsets
+from mmtrain.seeding import clip_generator
 
 if TYPE_CHECKING:
     from mmtrain.difffoley.module import LatentDiffusion

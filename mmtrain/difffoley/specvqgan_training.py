@@ -19,7 +19,6 @@ from mmtrain.checkpoint import plain, settings, training_record
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.checkpoints import CLASS, class_path
 from mmtrain.difffoley.evaluate import FoleyEvaluation, FoleyTestSettings
-from mmtrain.difffoley.seeding import clip_generator, clip_noise
 from mmtrain.difffoley.specvqgan import PatchDiscriminator, Vqgan, hinge_loss, perplexity, to_grid, to_sequence
 from mmtrain.difffoley.specvqgan_gpt import FeatureGpt
 from mmtrain.difffoley.specvqgan_inputs import (
@@ -34,6 +33,7 @@ from mmtrain.difffoley.specvqgan_inputs import (
 from mmtrain.difffoley.testing import Stopwatch
 from mmtrain.difffoley.weights import check_fits
 from mmtrain.optim import AdamWSettings
+from mmtrain.seeding import clip_generator, clip_noise
 from mmtrain.video_audio import ClipFormat
 
 # released: 4.5e-6 * batch * GPUs without warm-up; the batch is 3 a GPU, and this is the rate of 8 GPUs

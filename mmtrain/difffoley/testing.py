@@ -15,9 +15,9 @@ from mmtrain.difffoley.evaluate import PARTS, FoleyEvaluation
 from mmtrain.difffoley.figures import sound_picture
 from mmtrain.difffoley.generation import generate_latents, to_waveform
 from mmtrain.difffoley.records import write_records
-from mmtrain.difffoley.seeding import clip_generator, clip_noise
 from mmtrain.media import write_wav
 from mmtrain.metrics.onsets import detect_onsets
+from mmtrain.seeding import clip_generator, clip_noise
 
 if TYPE_CHECKING:
     from mmtrain.difffoley.module import LatentDiffusion

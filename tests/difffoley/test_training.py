@@ -10,8 +10,8 @@ from mmtrain.difffoley.alignment import AlignmentClassifier, accuracies, load_al
 from mmtrain.difffoley.guidance import GuidanceSettings
 from mmtrain.difffoley.module import LatentDiffusion, fixed_times
 from mmtrain.difffoley.pretrained import export_alignment, export_ldm, write_released
-from mmtrain.difffoley.seeding import clip_noise, spread_times
 from mmtrain.noise_schedule import NoiseSchedule
+from mmtrain.seeding import clip_noise, spread_times
 from mmtrain.video_audio import ClipFormat
 from tests.difffoley.foley_data import (
     CLASSIFIER,

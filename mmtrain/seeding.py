@@ -1,4 +1,4 @@
-"""Random numbers that belong to a clip: the same whatever its batch, its process or the number of processes."""
+"""Random numbers that belong to a sample: the same whatever its batch, its process or the number of processes."""
 
 from collections.abc import Sequence
 
