@@ -108,6 +108,7 @@ class TrainLoader:
     Args:
         batch_size: GLOBAL batch size; must be divisible by the number of processes.
         max_lost: share of samples that may be unreadable before training stops, in [0, 1].
+        order: an epoch's order in place of `epoch_order`: samples, as many in each epoch; some may occur twice.
 
     Raises:
         UserError: batch size not divisible, more than the data, or too many samples lost.
@@ -125,18 +126,19 @@ class TrainLoader:
         shard_starts: np.ndarray | None = None,
         shuffle_shards: int | None = None,
         max_lost: float = 0.01,
+        order: Callable[[int], np.ndarray] | None = None,
     ) -> None:
+        places = len(dataset) if order is None else len(order(0))
         if batch_size % world_size:
             raise UserError(
                 f"batch_size: the global batch of {batch_size} cannot be divided among {world_size} processes"
             )
-        if batch_size > len(dataset):
-            raise UserError(
-                f"batch_size: the global batch of {batch_size} is larger than the {len(dataset)} samples found"
-            )
+        if batch_size > places:
+            raise UserError(f"batch_size: the global batch of {batch_size} is larger than the {places} samples found")
         self.max_lost, self.counts = max_lost, Counter[str]()
-        order = lambda epoch: epoch_order(len(dataset), seed, epoch, shard_starts, shuffle_shards)  # noqa: E731
-        self.sampler = TrainBatches(order, len(dataset), batch_size, seed, rank, world_size)
+        if order is None:
+            order = lambda epoch: epoch_order(places, seed, epoch, shard_starts, shuffle_shards)  # noqa: E731
+        self.sampler = TrainBatches(order, places, batch_size, seed, rank, world_size)
         self._loader = _dataloader(dataset, self.sampler, num_workers, pin_memory)
 
     def __len__(self) -> int:
