@@ -22,6 +22,7 @@ Status = Literal["exact", "digitised", "missing", "qualitative", "partial"]
 UNITS = (
     "percent",
     "cosine",
+    "cosine_x100",
     "log",
     "projection",
     "score",
@@ -38,6 +39,7 @@ UNITS = (
     "text",
     "none",
 )
+HUNDREDFOLD = ("percent", "cosine_x100")  # units in which our numbers are a hundred times as large
 METRIC = re.compile(r"test/[a-z0-9_]+/[a-z0-9_]+")
 
 
@@ -47,9 +49,9 @@ class Column:
 
     Args:
         name: unique in the table.
-        unit: "percent" (of 100), "cosine", "log", "projection" (a coordinate in a plot), "score",
-            "ratio", "count", "Hz", "ms", "us", "s", "distance" (of distributions), "nat", "million", "frames/s", "text"
-            (words, and numbers printed as bounds: "<1"), or "none".
+        unit: "percent" (of 100), "cosine", "cosine_x100" (times 100), "log", "projection" (a coordinate in a plot),
+            "score", "ratio", "count", "Hz", "ms", "us", "s", "distance" (of distributions), "nat", "million",
+            "frames/s", "text" (words, and numbers printed as bounds: "<1"), or "none".
         direction: which way is better; "none" if neither, or if the paper does not say.
         metric: our key beside it, None if we measure no such thing. No two columns of a table share one.
         comparable: whether both count alike. False if they differ, or if the paper's way is not known.
@@ -167,17 +169,17 @@ def load(paper: str) -> Paper:
 
 
 def as_reported(value: float, unit: str) -> float:
-    """Our metric in the unit of a table: percent are 100 times our fractions, other units are ours.
+    """Our metric in the unit of a table: percent are 100 times our fractions, as are some cosines; others are ours.
 
     >>> as_reported(0.5, "percent")
     50.0
     """
-    return value * 100 if unit == "percent" else value
+    return value * 100 if unit in HUNDREDFOLD else value
 
 
 def as_logged(value: float, unit: str) -> float:
     """A reported value as we log it: the inverse of `as_reported`."""
-    return value / 100 if unit == "percent" else value
+    return value / 100 if unit in HUNDREDFOLD else value
 
 
 def same_setting(ours: str | None, reported: str) -> bool:
@@ -298,6 +300,8 @@ def _check_row(where: str, table: ReportedTable, values: Any) -> None:
             raise UserError(f"{where}: {column.name} is {clip(value)}, expected a number or null{hint}")
         if value is not None and column.unit == "percent" and not 0 <= value <= 100:
             raise UserError(f"{where}: {column.name} is {value}, expected a percentage in [0, 100]")
+        if value is not None and column.unit == "cosine_x100" and not -100 <= value <= 100:
+            raise UserError(f"{where}: {column.name} is {value}, expected a cosine times 100, in [-100, 100]")
 
 
 def _check_keys(where: str, entry: Any, required: Collection[str], optional: Collection[str]) -> None:

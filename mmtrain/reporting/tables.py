@@ -16,19 +16,28 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmtrain.reported import METRIC, Column, ReportedTable, as_reported, same_setting
+from mmtrain.reported import HUNDREDFOLD, METRIC, Column, ReportedTable, as_reported, same_setting
 from mmtrain.reporting.results import Estimate, RunGroup
 
 DAGGER = "†"
 ARROWS = {"higher": "↑", "lower": "↓", "none": ""}
-UNIT_SIGNS = {"percent": "%", "none": ""}
+UNIT_SIGNS = {"percent": "%", "cosine_x100": "×100", "none": ""}
 SETTING_NAMES = {"train_data": "training data"}
 FRACTIONS = re.compile(
-    r"(zero_shot|all_classes)_top\d+|(one_caption_)?(i2t|t2i)_r\d+|linear_probe(_lbfgs)?|(soft|hard)_(clamp|lift)"
+    r"(zero_shot|all_classes)_top\d+|(one_caption_)?(i2t|t2i)_r\d+|linear_probe(_lbfgs)?|(soft|hard)_(clamp|lift)|"
+    r"f_acc(_single|_two)?|c_f1(_macro)?|order_kept"
 )
 SIMULATION = "simulation, measured; the reported numbers are from the real robot"
 BOUNDS = ("_low", "_high")  # ends of the keys of a metric's own 95 % interval
-DECIMALS = {"percent": 1, "score": 2, "ratio": 2, "ms": 1, "us": 1, "count": 0}  # of what was simulated
+DECIMALS = {
+    "percent": 1,
+    "cosine_x100": 2,
+    "score": 2,
+    "ratio": 2,
+    "ms": 1,
+    "us": 1,
+    "count": 0,
+}  # of what was simulated
 INTERVAL_NOTE = "Our values: mean ± half of the 95 % Student-t interval over seeds, where there are several."
 EPISODES_NOTE = "In brackets: 95 % interval over the episodes of one run."
 
@@ -175,7 +184,7 @@ def _our_row(table: ReportedTable, group: RunGroup, name: str) -> Row:
         reported = table.rows[reported_row][index] if reported_row else None
         reported = None if isinstance(reported, str) else reported
         measured = group.metrics.get(column.metric)
-        decimals = max(_decimals(table, index), 2 if column.unit == "percent" else 3)
+        decimals = max(_decimals(table, index), 2 if column.unit in HUNDREDFOLD else 3)
         cells.append(_our_cell(measured, column, reported, table.error or 0.0, bool(marks), decimals))
     return Row(name, "ours", cells, marks, group.method)
 

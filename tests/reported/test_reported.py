@@ -15,7 +15,9 @@ from mmtrain.reported import as_logged, as_reported, load, papers, read
 from mmtrain.reporting.tables import compare
 
 COPY = Path(__file__).with_name("printed.txt")
-COPIES = {"rankclip": COPY} | {name: COPY.with_name(f"printed_{name}.txt") for name in ("difffoley", "rdp")}
+COPIES = {"rankclip": COPY} | {
+    name: COPY.with_name(f"printed_{name}.txt") for name in ("difffoley", "rdp", "storyweaver")
+}
 PAPER = load("rankclip")
 COLUMNS = [(table, column) for table in PAPER.tables for column in table.columns]
 Cell = tuple[str, str, str, str]
@@ -61,7 +63,9 @@ def our_cells(paper: reported.Paper) -> set[tuple]:
     return as_numbers(cells)
 
 
-@pytest.mark.parametrize(("name", "num_cells"), [("rankclip", 486), ("rdp", 141), ("difffoley", 330)])
+@pytest.mark.parametrize(
+    ("name", "num_cells"), [("rankclip", 486), ("rdp", 141), ("difffoley", 330), ("storyweaver", 100)]
+)
 def test_every_cell_equals_the_independent_copy_and_none_is_missing_on_either_side(name, num_cells):
     copy, ours = as_numbers(printed_cells(COPIES[name])), our_cells(load(name))
     assert ours - copy == set()
@@ -69,7 +73,7 @@ def test_every_cell_equals_the_independent_copy_and_none_is_missing_on_either_si
     assert len(ours) == num_cells
 
 
-@pytest.mark.parametrize("name", ["rankclip", "rdp", "difffoley"])
+@pytest.mark.parametrize("name", ["rankclip", "rdp", "difffoley", "storyweaver"])
 def test_status_unit_and_reading_error_equal_the_independent_copy(name):
     tables, copy = load(name).tables, blocks(COPIES[name])
     assert [table.id for table in tables] == list(copy)
@@ -196,12 +200,13 @@ def test_a_row_is_found_by_method_and_by_the_settings_that_its_name_stands_for()
 def test_units_convert_both_ways():
     assert as_reported(0.1016, "percent") == pytest.approx(10.16)
     assert as_reported(0.1016, "cosine") == 0.1016
+    assert as_reported(0.6496, "cosine_x100") == pytest.approx(64.96)
     for unit in reported.UNITS:
         assert as_logged(as_reported(0.3, unit), unit) == pytest.approx(0.3)
 
 
 def test_unknown_papers_and_tables_are_refused_with_the_nearest_name():
-    assert papers() == ["difffoley", "rankclip", "rdp"]
+    assert papers() == ["difffoley", "rankclip", "rdp", "storyweaver"]
     with pytest.raises(UserError, match=r"did you mean rankclip\?"):
         load("rankclipp")
     with pytest.raises(UserError, match=r"did you mean rankclip_table3\?"):
