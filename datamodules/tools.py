@@ -14,7 +14,8 @@ from mmtrain.config_errors import UserError
 
 def main(argv: list[str]) -> int:
     """Run one of the verbs below; returns the exit code, 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(prog="python -m mmtrain data", description=__doc__)
+    more = "also: python -m mmtrain data story-graph FOLDER, a story world's Character-Graph; it has its own --help"
+    parser = argparse.ArgumentParser(prog="python -m mmtrain data", description=__doc__, epilog=more)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     index = verbs.add_parser(
         "index", help="count and check the samples of shards, once", description=index_shards.__doc__

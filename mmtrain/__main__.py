@@ -18,6 +18,7 @@ TRAINING = {
 OTHERS = {  # verb: (module whose main(argv) runs it, description); imported only when used
     "list": ("mmtrain.listing", "show the shipped configs"),
     "data": ("datamodules.tools", "prepare and check data: index, check, convert, pca"),
+    "data story-graph": ("mmtrain.storyweaver.graph_command", "a story world's characters, mentions and prompts"),
     "report": ("mmtrain.reporting.report", "one page of many runs beside the reported numbers"),
     "dashboard": ("mmtrain.reporting.dashboard", "the same as a W&B project: baselines, workspace, report"),
     "reproduce": ("mmtrain.reproduce", "a paper's comparison at laptop scale, with a verdict on each claim"),
@@ -70,11 +71,13 @@ def dispatch(argv: list[str]) -> int:
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if verb in ("-h", "--help", "help"):
         descriptions = {**TRAINING, **{name: text for name, (_, text) in OTHERS.items()}}
-        print(USAGE.format(verbs="\n".join(f"  {name:<11}{text}" for name, text in descriptions.items())), end="")
+        print(USAGE.format(verbs="\n".join(f"  {name:<18}{text}" for name, text in descriptions.items())), end="")
         return 0
     if verb == "--version":
         print(f"mmtrain {__version__}")
         return 0
+    if (both := " ".join(argv[:2])) in OTHERS:  # a verb of data that needs a room: data modules know none
+        return importlib.import_module(OTHERS[both][0]).main(argv[2:])
     if verb in OTHERS:
         return importlib.import_module(OTHERS[verb][0]).main(rest)
     if verb in TRAINING:

@@ -20,6 +20,8 @@ LAST = "last.ckpt"
 HARMLESS = (
     *("num_workers", "pretrained", "eval_batch_size", "chunk", "evaluate", "benchmarks", "test", "cache"),
     *("guidance", "sampler", "guidance_classifier", "cavp", "predict"),  # of sampling, not of training
+    *("draws_per_validation", "draw_steps", "image_features", "image_text_features", "recogniser"),
+    *("pipeline", "gradient_checkpointing"),  # a model tells its base by its weights; the same gradients
 )
 
 

@@ -260,7 +260,7 @@ def check_groups(layer: Layer) -> None:
         UserError: names the key and the settings of the group.
     """
     for path, value in walk(layer.data):
-        if isinstance(value, dict) or value is None:
+        if isinstance(value, dict) or value in (None, "null"):  # the latter from the command line
             continue
         names: list[str] = []
         if path[-2:-1] == ("init_args",):

@@ -8,12 +8,14 @@ from typing import Any, NoReturn
 
 from mmtrain.config_errors import UserError
 
-NAMES = {"rdp": "RDP", "difffoley": "Diff-Foley"}
+NAMES = {"rdp": "RDP", "difffoley": "Diff-Foley", "storyweaver": "StoryWeaver"}
 DESCRIPTION = """Write a checkpoint in a released layout. What it holds decides which:
   RankCLIP and other CLIP models   a file that open_clip.create_model loads
   RDP tokenizer or policy, DP      the layout of the released RDP checkpoints (weights and normalisers)
   Diff-Foley CAVP, diffusion       the layout of the released Diff-Foley checkpoints (averaged weights, if there are
-  model, alignment classifiers     any); what the released networks do not have is refused"""
+  model, alignment classifiers     any); what the released networks do not have is refused
+  StoryWeaver, LoRA, DreamBooth    a folder that diffusers opens as a StableDiffusionPipeline (averaged weights, if
+                                   there are any), LoRA files beside it"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,14 +27,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line of all papers together."""
     lines = _Parser("mmtrain export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     lines.add_argument("checkpoint", metavar="CHECKPOINT", help="for example runs/NAME/checkpoints/last.ckpt")
-    lines.add_argument("out", metavar="OUT", help="file to write")
+    lines.add_argument("out", metavar="OUT", help="file to write; a new folder for StoryWeaver")
     lines.add_argument("--architecture", help="CLIP: open_clip name; else the stored one, else guessed from the shapes")
     lines.add_argument("--tokenizer", metavar="OUT", help="RDP's latent policy: write its tokenizer too, to this file")
+    lines.add_argument("--pipeline", metavar="FOLDER", help="StoryWeaver: where the model is that it was trained on")
+    lines.add_argument("--unmerged", action="store_true", help="StoryWeaver: leave the LoRA out of the UNet")
     return lines
 
 
 def room(checkpoint: str | Path) -> str:
-    """The paper whose code exports a checkpoint: "rdp" or "difffoley" for a model of these rooms, else "rankclip".
+    """The paper whose code exports a checkpoint: the room that its model is of, "rankclip" if it does not tell.
 
     A file that cannot be read here goes to "rankclip", which knows more formats and says what is wrong.
     """
@@ -42,8 +46,9 @@ def room(checkpoint: str | Path) -> str:
     settings = content.get("settings")
     stored = settings.get("model.class", "") if isinstance(settings, dict) else ""
     stored = str(content.get("model_class") or stored)  # rooms may name the class themselves
-    if stored.startswith("mmtrain.difffoley."):
-        return "difffoley"
+    for paper in ("difffoley", "storyweaver"):
+        if stored.startswith(f"mmtrain.{paper}."):
+            return paper
     return "rdp" if stored.startswith("mmtrain.rdp.") or "state_dicts" in content else "rankclip"
 
 
@@ -70,6 +75,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--tokenizer: {options.checkpoint} is no policy of RDP")
     if options.architecture and paper != "rankclip":
         raise UserError(f"--architecture: is for CLIP models, {options.checkpoint} is one of {NAMES[paper]}")
+    if (options.pipeline or options.unmerged) and paper != "storyweaver":
+        option = "--pipeline" if options.pipeline else "--unmerged"
+        raise UserError(f"{option}: {options.checkpoint} is no model of StoryWeaver's room")
     if paper == "rankclip":
         from mmtrain.rankclip.pretrained import main as export_clip
 
@@ -79,6 +87,10 @@ def main(argv: list[str]) -> int:
         from mmtrain.difffoley.pretrained import export as export_foley
 
         done = export_foley(options.checkpoint, options.out)
+    elif paper == "storyweaver":
+        from mmtrain.storyweaver.exporting import export as export_story
+
+        done = export_story(options.checkpoint, options.out, options.pipeline, not options.unmerged)
     else:
         from mmtrain.rdp.pretrained import export
 
