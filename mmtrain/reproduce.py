@@ -31,7 +31,7 @@ from mmtrain.plans import Claim, Job, Plan, jobs, preparations, shared_trainings
 from mmtrain.reporting.results import Estimate, Run, estimate, read_run
 from mmtrain.reporting.tables import FRACTIONS
 
-PAPERS = ("rankclip", "rdp", "difffoley")
+PAPERS = ("rankclip", "rdp", "difffoley", "storyweaver")
 Verdict = Literal["holds", "does not hold", "undecided at this scale"]
 
 
