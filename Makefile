@@ -29,6 +29,7 @@ bench: .venv/installed
 	$(RUN) -m tests.benchmarks.fast_step
 	$(RUN) -m tests.benchmarks.slow_step
 	$(RUN) -m tests.benchmarks.foley_sampling
+	$(RUN) -m tests.benchmarks.guided_attention
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmtrain needs Python 3.11 or newer: make PYTHON=python3.11")'

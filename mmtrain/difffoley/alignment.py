@@ -32,13 +32,13 @@ from mmtrain.difffoley.checkpoints import (
 from mmtrain.difffoley.first_stage import FirstStage, load_first_stage
 from mmtrain.difffoley.networks import AlignmentNetwork, network_settings
 from mmtrain.difffoley.pretrained import FIRST_STAGE, load_alignment_network
-from mmtrain.difffoley.weights import naming, read_weights
 from mmtrain.ema import ema_weights
 from mmtrain.metrics.generation import SampleMetric
 from mmtrain.noise_schedule import NoiseSchedule
 from mmtrain.optim import AdamWSettings
 from mmtrain.seeding import clip_noise, spread_times
 from mmtrain.video_audio import ClipFormat, check_same
+from mmtrain.weight_files import naming, read_weights
 
 SMALLEST = {"block_out_channels": (32,)}  # a first stage that is replaced at once
 KINDS = ("true", "shifted", "wrong")  # of pairs, in the order of the batches' `kind`

@@ -16,8 +16,8 @@ from mmtrain.checkpoint import flatten, plain, settings, training_record
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.checkpoints import CLASS, check_class, class_path
 from mmtrain.difffoley.first_stage import FirstStage, autoencoder_config, load_first_stage
-from mmtrain.difffoley.weights import check_fits, naming
 from mmtrain.optim import AdamWSettings
+from mmtrain.weight_files import check_fits, naming
 
 OPTIM = {"lr": 5e-4, "weight_decay": 1e-4, "warmup_steps": 100}
 LONGEST_MEMORY = 100  # batches over which the spread of the latents is averaged; early on the newest fifth of them

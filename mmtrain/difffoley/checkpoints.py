@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mmtrain.checkpoint import training_record
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.first_stage import FirstStage, load_first_stage, read_config
-from mmtrain.difffoley.weights import check_fits, naming, read_checkpoint
 from mmtrain.video_audio import ClipFormat, check_same
+from mmtrain.weight_files import check_fits, naming, read_checkpoint
 
 CLASS = "model_class"  # key under which our modules of this room name themselves
 FEATURES = "features_from"  # key under which they keep the description of the extractor of their features

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.layouts import State, autoencoder_names, from_released, modern_names
-from mmtrain.difffoley.weights import check_fits, folder_weights, read_weights
+from mmtrain.weight_files import check_fits, folder_weights, read_weights
 
 SCALE_FACTOR = 0.18215  # Stable Diffusion's, which makes its latents of pictures about unit variance
 GROUPS = 32

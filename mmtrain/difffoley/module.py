@@ -37,12 +37,12 @@ from mmtrain.difffoley.networks import FoleyUNet, NullCondition, check_raw_conte
 from mmtrain.difffoley.outputs import PredictSettings, SoundWriter
 from mmtrain.difffoley.pretrained import init_from_stable_diffusion, load_foley_unet
 from mmtrain.difffoley.testing import SoundTest
-from mmtrain.difffoley.weights import naming
 from mmtrain.ema import ema_weights
 from mmtrain.noise_schedule import NoiseSchedule, Objective, check_objective
 from mmtrain.optim import AdamWSettings
 from mmtrain.seeding import clip_noise, spread_times
 from mmtrain.video_audio import ClipFormat
+from mmtrain.weight_files import naming
 
 RELEASED_OPTIM = {"lr": 1e-4, "weight_decay": 0.01, "decay": "all", "schedule": "constant", "warmup_steps": 1000}
 

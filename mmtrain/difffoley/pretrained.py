@@ -20,10 +20,10 @@ from mmtrain.difffoley.first_stage import FirstStage
 from mmtrain.difffoley.layouts import State, autoencoder_names, from_released, to_released, unet_names
 from mmtrain.difffoley.networks import AlignmentNetwork, FoleyUNet, network_settings
 from mmtrain.difffoley.pretrained_cavp import export_cavp, read_cavp
-from mmtrain.difffoley.weights import check_fits, folder_weights, naming, read_weights
 from mmtrain.ema import ema_weights
 from mmtrain.noise_schedule import NoiseSchedule
 from mmtrain.video_audio import ClipFormat
+from mmtrain.weight_files import check_fits, folder_weights, naming, read_weights
 
 UNET, UNET_CONDITION = "model.diffusion_model.", "cond_stage_model."
 CLASSIFIER, CLASSIFIER_CONDITION = "model.", "cond_model."

@@ -13,7 +13,7 @@ from mmtrain.config_errors import UserError
 from mmtrain.difffoley.checkpoints import check_class, is_ours, read_file
 from mmtrain.difffoley.specvqgan import Vqgan
 from mmtrain.difffoley.specvqgan_gpt import FeatureGpt, evenly_spaced
-from mmtrain.difffoley.weights import check_fits
+from mmtrain.weight_files import check_fits
 
 MEL = preset("mel_specvqgan")
 PARTS_OF_VQGAN = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")

@@ -31,10 +31,10 @@ from mmtrain.difffoley.specvqgan_inputs import (
     start_from,
 )
 from mmtrain.difffoley.testing import Stopwatch
-from mmtrain.difffoley.weights import check_fits
 from mmtrain.optim import AdamWSettings
 from mmtrain.seeding import clip_generator, clip_noise
 from mmtrain.video_audio import ClipFormat
+from mmtrain.weight_files import check_fits
 
 # released: 4.5e-6 * batch * GPUs without warm-up; the batch is 3 a GPU, and this is the rate of 8 GPUs
 CODEBOOK_OPTIM = {"lr": 1.08e-4, "betas": (0.5, 0.9), "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 1}

@@ -29,7 +29,7 @@ from mmtrain.storyweaver.pipeline import Components, save_pipeline
 from mmtrain.storyweaver.sampling import SamplerSettings, draw
 from mmtrain.storyweaver.text import PromptEncoder, TextSettings
 from mmtrain.storyweaver.tokenizer import clip_tokenizer
-from mmtrain.storyweaver.weight_files import read_weights
+from mmtrain.weight_files import read_weights
 
 OPTIM = {"lr": 1e-3, "weight_decay": 1e-2, "warmup_steps": 100}
 PIPELINE = "pipeline"  # folder of the run that holds the model in diffusers' layout

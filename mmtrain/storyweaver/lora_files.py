@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmtrain.config_errors import UserError, nearest
 from mmtrain.storyweaver.parts import TEXT_PREFIX
-from mmtrain.storyweaver.weight_files import read_content
+from mmtrain.weight_files import read_checkpoint
 
 State = dict[str, Tensor]
 Parts = dict[str, State]  # "unet" and perhaps "text_encoder" -> its updates
@@ -192,7 +192,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module], alpha: float 
     Raises:
         UserError: no such file, or it is not for these networks.
     """
-    return from_any(read_content(path), module_names(networks), str(path), alpha)
+    return from_any(read_checkpoint(path), module_names(networks), str(path), alpha)
 
 
 def write_lora(path: str | Path, parts: Mapping[str, State]) -> Path:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmtrain.config_errors import UserError
 from mmtrain.storyweaver.pipeline import Components, load_components
-from mmtrain.storyweaver.weight_files import read_weights
+from mmtrain.weight_files import read_weights
 
 KNOWLEDGE = "k_encoder"
 CLASS = "Autok_encoder"

@@ -31,7 +31,7 @@ PLAN = Plan(
     methods={
         BASE: row("storyweaver_standin", *UNGUIDED, "--model.method", BASE, checkpoint="null"),
         LORA: row("lora_standin"),
-        DREAMBOOTH: row("dreambooth_standin", "--model.prior.folder", "{out}/class_pictures"),
+        DREAMBOOTH: row("dreambooth_standin"),
         PLAIN: row("storyweaver_standin", *UNGUIDED, "--model.method", PLAIN),
         OWN: row("storyweaver_standin"),
     },

@@ -12,7 +12,8 @@ from torch import Tensor
 from mmtrain.config_errors import UserError, say_once
 from mmtrain.storyweaver.parts import empty_model, empty_text_encoder, fill_text_encoder, naming
 from mmtrain.storyweaver.tokenizer import CLIP_SIZE, clip_tokenizer, read_tokenizer
-from mmtrain.storyweaver.weight_files import fill, read_weights
+from mmtrain.storyweaver.weight_files import fill
+from mmtrain.weight_files import read_weights
 
 if TYPE_CHECKING:
     from mmtrain.storyweaver.pipeline import Components

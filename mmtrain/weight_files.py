@@ -19,7 +19,7 @@ from mmtrain.config_errors import UserError
 
 STRIP = (
     "python -c \"import torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
-    "torch.save({{'state_dict': c['state_dict']}}, 'weights.ckpt')\""
+    "torch.save({{'state_dict': c.get('state_dict', c)}}, 'weights.ckpt')\""
 )
 
 
