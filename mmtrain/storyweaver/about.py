@@ -69,3 +69,15 @@ def sampling_about(module: "StoryDiffusion") -> dict[str, Any]:
             "picture_size": list(module.picture_size or ()),
         }
     )
+
+
+def world_parameters(module: "StoryDiffusion") -> int:
+    """Parameters that the stories of a world need: UNets, adapters, text encoder, encoders of latents and of guidance.
+
+    Like the paper's "# Params/DB" without the autoencoder's decoder (see `mmtrain.storyweaver.parameters`). Where each
+    character has a UNet of its own, the base model's is not needed and what they share counts once.
+    """
+    copies = list(getattr(module, "networks", {}).values())
+    encoders = [getattr(module.vae, name, None) for name in ("encoder", "quant_conv")]
+    parts = [*(copies or [module.unet]), module.text_encoder, module.guidance, *encoders]
+    return sum(p.numel() for p in {p for part in parts if part is not None for p in part.parameters()})

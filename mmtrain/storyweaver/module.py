@@ -159,7 +159,7 @@ class StoryDiffusion(pl.LightningModule):
             self.unet.requires_grad_(True)
 
     def add_characters(self, names: Sequence[str]) -> None:
-        """For methods with weights for each character: add them; a second call adds nothing."""
+        """For methods with weights for each character: add them."""
 
     @property
     def adapted(self) -> dict[str, nn.Module]:
@@ -338,6 +338,7 @@ class StoryDiffusion(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         for test in self.tests:
             self.log_dict({f"test/{test.name}/{name}": value for name, value in test.finish().items()})
+        self.log("test/parameters/per_world", about.world_parameters(self) / 1e6)
         self.figures = [figure for test in self.tests for figure in test.figures]
         not_measured = {f"{test.name}: {name}": why for test in self.tests for name, why in test.missing.items()}
         self.trainer.datamodule.missing |= not_measured  # results.json and results.md tell what the data lack, too

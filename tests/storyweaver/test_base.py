@@ -101,7 +101,5 @@ def test_training_resumes_exactly_and_ends_as_a_pipeline(tmp_path: Path, clip: s
 
 
 def test_a_file_without_a_clip_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"clip: .*nowhere.ckpt: no such file.*clip_text_creatures.yaml makes"
-    ):
+    with pytest.raises(UserError, match=r"clip: .*nowhere.ckpt: no such file.*clip_text_creatures.yaml makes"):
         TextToPicture(str(tmp_path / "nowhere.ckpt"))

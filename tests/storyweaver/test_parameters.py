@@ -3,12 +3,16 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mmtrain.config_errors import UserError
 from mmtrain.storyweaver import parameters
+from mmtrain.storyweaver.about import world_parameters
 from mmtrain.storyweaver.parameters import describe_count, params_per_world
+from tests.storyweaver.tiny import tiny_components
 
 GOLDEN = Path(__file__).parents[1] / "golden/storyweaver/sd15_parameters.json"
 PRINTED = {
@@ -80,3 +84,18 @@ def test_the_counts_are_those_of_stable_diffusion() -> None:
     assert (len(linears), lora) == (128, golden["lora_rank4_unet_attention"])
     assert golden["extras"] == {name: parameters.METHODS[name].once for name in golden["extras"]}
     assert parameters.METHODS["LoRA"].each == lora + golden["lora_rank4_text_attention"]
+
+
+def test_a_model_counts_what_its_world_needs() -> None:
+    """Its own count is that of the table where nothing is shared: UNet, text encoder, encoder of latents, guidance."""
+    components = tiny_components()
+    unet, text, vae = components.unet, components.text_encoder, components.vae
+    encoder = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
+    guide = torch.nn.Linear(3, 2)
+    shared = sum(p.numel() for p in (*text.parameters(), *encoder))
+    own = sum(p.numel() for p in unet.parameters())
+    model = SimpleNamespace(unet=unet, text_encoder=text, vae=vae, guidance=guide)
+    assert world_parameters(model) == own + shared + 8
+    copies = torch.nn.ModuleDict({"ada": torch.nn.Linear(9, 9), "bo": torch.nn.Linear(9, 9)})
+    model = SimpleNamespace(unet=unet, text_encoder=text, vae=vae, guidance=None, networks=copies)
+    assert world_parameters(model) == 2 * 90 + shared, "each has its own, and nobody needs the base model's"
