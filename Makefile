@@ -7,8 +7,9 @@ RUN := .venv/bin/python
 demo: .venv/installed
 	$(RUN) -m mmtrain fit -c configs/rankclip_emoji.yaml
 
+# A file a core; with one thread each they do not get in each other's way.
 test: .venv/installed lint
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 slow: .venv/installed
 	$(RUN) -m pytest -m slow --timeout 3000
