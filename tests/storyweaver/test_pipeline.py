@@ -122,7 +122,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("scheduler", {"prediction_type": "sample"}, "prediction_type is 'sample', expected one of epsilon"),
         ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ("unet", {"_class_name": "UNet2DModel"}, "_class_name is UNet2DModel, expected UNet2DConditionModel"),
-        ("unet", {"block_out_channels": [32, 32]}, "safetensors: does not fit the configuration: .*other shapes"),
+        ("unet", {"block_out_channels": [32, 32]}, "safetensors: does not fit this network: .*other shapes"),
         ("unet", {"down_block_types": ["Nonsense", "DownBlock2D"]}, "unet: configuration or names .* wrong"),
         ("vae", {"_class_name": "AutoencoderTiny"}, "AutoencoderTiny, expected AutoencoderKL or PatchAutoencoder"),
         ("text_encoder", {"model_type": "t5"}, "model_type t5, expected CLIP's"),
