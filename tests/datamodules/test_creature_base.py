@@ -80,7 +80,7 @@ def test_words_do_not_tell_left_from_right() -> None:
         counts["left mentioned first"] += mentioned == left
         counts["left described first"] += frame.characters[0].name == left
         counts["mentioned first described first"] += frame.characters[0].name == mentioned
-    assert 800 < counts["pairs"] < 1000
+    assert 500 < counts["pairs"] < 700  # four in ten
     for key in ("left mentioned first", "left described first", "mentioned first described first"):
         assert abs(counts[key] / counts["pairs"] - 0.5) < 0.06, counts
 
