@@ -84,15 +84,16 @@ def run_stage(job: Job, stage: str, children: Children) -> None:
     code, cpu_seconds = children.run(job.command(stage), log)
     entry["cpu_seconds"] += cpu_seconds
     entry["seconds"] += time.monotonic() - began
-    entry["done"] = code == 0
+    # one that was told to stop may say that all is well, as Lightning's `test` does, and yet be incomplete
+    entry["done"] = code == 0 and not children.stopped
     part = job.folder / "stages.json.part"
     part.write_text(json.dumps(record, indent=1))
     part.replace(job.folder / "stages.json")
-    if code and not children.stopped:
+    if children.stopped:
+        raise KeyboardInterrupt
+    if code:
         tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
         raise UserError(f"{stage} of {job.folder} failed with exit code {code}:\n{tail}")
-    if code:
-        raise KeyboardInterrupt
 
 
 def run_all(todo: Sequence[Job], at_a_time: int) -> None:
