@@ -41,6 +41,7 @@ class Children:
     def __init__(self, threads: int) -> None:
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self.lock, self.running, self.stopped = threading.Lock(), set[subprocess.Popen](), False
+        self.told: set[subprocess.Popen] = set()  # to stop
 
     def run(self, words: Sequence[str], log: Path) -> tuple[int, float]:
         """Run `python -m mmtrain WORDS`, its output added to `log`; returns exit code and CPU seconds."""
@@ -57,12 +58,14 @@ class Children:
             child.returncode = os.waitstatus_to_exitcode(status)
             with self.lock:
                 self.running.discard(child)
+                if child in self.told and not child.returncode:  # Lightning's `test` ends with 0 then, incomplete
+                    child.returncode = 128 + signal.SIGTERM
         return child.returncode, usage.ru_utime + usage.ru_stime
 
     def stop(self) -> None:
         """End all; training finishes its batch and saves."""
         with self.lock:
-            self.stopped = True
+            self.stopped, self.told = True, self.told | self.running
             for child in self.running:
                 child.terminate()
 
@@ -84,16 +87,15 @@ def run_stage(job: Job, stage: str, children: Children) -> None:
     code, cpu_seconds = children.run(job.command(stage), log)
     entry["cpu_seconds"] += cpu_seconds
     entry["seconds"] += time.monotonic() - began
-    # one that was told to stop may say that all is well, as Lightning's `test` does, and yet be incomplete
-    entry["done"] = code == 0 and not children.stopped
+    entry["done"] = code == 0
     part = job.folder / "stages.json.part"
     part.write_text(json.dumps(record, indent=1))
     part.replace(job.folder / "stages.json")
-    if children.stopped:
-        raise KeyboardInterrupt
-    if code:
+    if code and not children.stopped:
         tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
         raise UserError(f"{stage} of {job.folder} failed with exit code {code}:\n{tail}")
+    if code:
+        raise KeyboardInterrupt
 
 
 def run_all(todo: Sequence[Job], at_a_time: int) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -171,3 +172,23 @@ def test_the_plan_names_what_there_is() -> None:
     metrics = [claim.metric for claim in PLAN.claims] + list(PLAN.shown)
     assert {metric.split("/")[1] for metric in metrics} <= sets
     assert PLAN.own_method in PLAN.methods and all(set(claim.rivals) < set(PLAN.methods) for claim in PLAN.claims)
+
+
+def test_a_child_that_was_told_to_stop_and_says_all_is_well_is_not_done(monkeypatch, tmp_path: Path) -> None:
+    """As Lightning's `test`, which ends with 0 on SIGTERM."""
+    program = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('up', flush=True)"
+    popen = reproduce.subprocess.Popen
+    command = [sys.executable, "-c", f"{program}; time.sleep(60)"]
+    monkeypatch.setattr(reproduce.subprocess, "Popen", lambda words, **options: popen(command, **options))
+    children, log = reproduce.Children(threads=1), tmp_path / "log"
+
+    def stop_when_up() -> None:
+        while not (log.exists() and "up" in log.read_text()):
+            time.sleep(0.05)
+        children.stop()
+
+    thread = threading.Thread(target=stop_when_up)
+    thread.start()
+    code, _ = children.run(["test"], log)
+    thread.join()
+    assert code == 143 and children.stopped
