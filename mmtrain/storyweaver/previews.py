@@ -12,7 +12,7 @@ from mmtrain import distributed
 from mmtrain.samplers import Progress
 from mmtrain.story import Frame
 from mmtrain.storyweaver.figures import contact_sheet
-from mmtrain.storyweaver.sampling import SamplerSettings, draw, paired, story_seeds
+from mmtrain.storyweaver.sampling import SamplerSettings, draw, paired, part_of, story_seeds
 
 if TYPE_CHECKING:
     from mmtrain.storyweaver.module import StoryDiffusion
@@ -52,13 +52,6 @@ def draw_frames(
         )
         pictures.update(zip(rows, drawn, strict=True))
     return torch.stack([pictures[row] for row in range(len(frames))])
-
-
-def part_of(progress: Progress | None, number: int, parts: int) -> Progress | None:
-    """The progress of one of several equal parts."""
-    if progress is None:
-        return None
-    return lambda done, steps: progress(number * steps + done, parts * steps)
 
 
 class Preview:
