@@ -1,7 +1,6 @@
-"""Small callbacks that every run uses: random state, non-finite guard, preemption, data counters, final table."""
+"""Small callbacks that every run uses: random state, non-finite guard, data counters, final table."""
 
 import random
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,6 @@ from rich.table import Table
 from torch import Tensor
 
 from mmtrain import distributed
-from mmtrain.checkpoint import LastCheckpoint
 from mmtrain.config_errors import UserError
 from mmtrain.reporting.tables import FRACTIONS
 
@@ -32,12 +30,7 @@ class RandomState(pl.Callback):
         self._loaded: list[dict[str, Any]] | None = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        states = [None] * distributed.world_size()
-        if distributed.world_size() > 1:
-            torch.distributed.all_gather_object(states, random_state())
-        else:
-            states = [random_state()]
-        checkpoint["random_state"] = states
+        checkpoint["random_state"] = distributed.gather_objects(random_state())
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         self._loaded = checkpoint.get("random_state")
@@ -74,7 +67,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class NonFiniteGuard(pl.Callback):
-    """Looks at the gradients of all processes before each optimizer step; one NaN would ruin all weights.
+    """Looks at losses and gradients of all processes before each optimizer step; one NaN would ruin all weights.
 
     Args:
         action: "stop" raises and leaves the weights as they were; "skip" leaves out the step, on all processes. While a
@@ -84,19 +77,27 @@ class NonFiniteGuard(pl.Callback):
 
     def __init__(self, action: Literal["stop", "skip"] = "stop", max_skipped: int = 10) -> None:
         self.action, self.max_skipped, self.skipped = action, max_skipped, 0
+        self._loss: Tensor | float = 0.0  # of the batches since the last step: not finite as soon as one was not
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._loss = self._loss + loss.detach().float().sum()  # no look at it here, which would wait for a GPU
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        grads = [local(p.grad) for p in pl_module.parameters() if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(grads)).sum() if grads else torch.zeros(())
-        if not distributed.any_process(not bool(norm.isfinite()), pl_module.device):
+        loss, self._loss = self._loss, 0.0
+        sound = bool(torch.isfinite(norm + loss))  # one look for both
+        if not distributed.any_process(not sound, pl_module.device):
             self.skipped = 0
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() >= 1:  # below 1 it is no overflow any more
             return
-        bad = [name for name, p in pl_module.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
-        where = f"{len(bad)} parameters here, first {bad[0]}" if bad else "another process"
-        message = f"step {trainer.global_step}: the gradient is not finite ({where})"
+        named = pl_module.named_parameters()
+        bad = [name for name, p in named if p.grad is not None and not local(p.grad).isfinite().all()]
+        what = "gradient" if sound or bad else "loss"
+        where = f"{len(bad)} parameters here, first {bad[0]}" if bad else "another process" if sound else f"{loss:.3g}"
+        message = f"step {trainer.global_step}: the {what} is not finite ({where})"
         self.skipped += 1
         if self.action == "stop" or self.skipped > self.max_skipped:
             raise UserError(
@@ -108,50 +109,9 @@ class NonFiniteGuard(pl.Callback):
             parameter.grad = None
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-class Preemption(pl.Callback):
-    """On SIGTERM of any process: finish the optimizer step, write `last.ckpt`; the first process exits with 143.
-
-    The handler only sets a flag, for the signal can come inside a backward pass or a collective; one that comes during
-    validation, where processes may have different numbers of batches, is acted on after the next training batch.
-    """
-
-    def __init__(self) -> None:
-        self._received = False
-        self._step_before = -1
-        self._previous: Any = signal.SIG_DFL
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # replaces Lightning's, which ends with exit code 0
-        self._previous = signal.signal(signal.SIGTERM, self._note)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self._previous)  # all is saved: nothing to wait for any more
-
-    def _note(self, *_: Any) -> None:
-        self._received = True
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self._step_before = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._step_before:
-            return  # gradients are being accumulated, and a checkpoint does not hold them
-        if distributed.any_process(self._received, pl_module.device):
-            self._leave(trainer)
-
-    def _leave(self, trainer: pl.Trainer) -> None:
-        last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
-        if last is not None:
-            trainer.save_checkpoint(last.path)
-        if trainer.is_global_zero:
-            saved = f"saved {last.path}, go on with --ckpt_path last" if last else "no LastCheckpoint, nothing saved"
-            Console(stderr=True).print(f"terminated at step {trainer.global_step}; {saved}")
-        # The first process speaks for the run. A launcher that sees another one fail may kill it in mid-teardown.
-        raise SystemExit(143 if trainer.is_global_zero else 0)
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; all of it where nothing is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class DataCounters(pl.Callback):
@@ -186,11 +146,7 @@ class DataCounters(pl.Callback):
 
 def gather_counts(trainer: pl.Trainer) -> list[dict[str, int]]:
     """Counters of the training loader of every process, in rank order."""
-    counts = [dict(getattr(trainer.train_dataloader, "counts", {}))]
-    if distributed.world_size() > 1:
-        own, counts = counts[0], [{}] * distributed.world_size()
-        torch.distributed.all_gather_object(counts, own)
-    return counts
+    return distributed.gather_objects(dict(getattr(trainer.train_dataloader, "counts", {})))
 
 
 class EvaluationTable(pl.Callback):

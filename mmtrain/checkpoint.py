@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import proxy
 
 import lightning.pytorch as pl
 import torch
@@ -12,9 +13,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from mmtrain import distributed
 from mmtrain.config_errors import UserError, clip
 
-LAST = "last.ckpt"
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 # Settings that do not change what is computed, so they may differ on resume without a word.
 HARMLESS = (
@@ -65,25 +67,62 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint of tensors and plain types.
 
+        A `last.ckpt` that is cut, empty or garbage is told in one line, and `previous.ckpt` beside it is read instead.
+
         Raises:
             UserError: no such file, or one that cannot be read, or that holds code, or that no training wrote.
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        if not os.path.exists(path):
-            raise UserError(f"ckpt_path: {path}: no such checkpoint")
         try:
-            content = torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return read_checkpoint(path, map_location)
+        except UnreadableCheckpoint as error:
+            previous = Path(path).with_name(PREVIOUS)
+            if Path(path).name != LAST or not previous.exists():
+                raise
+            content = read_checkpoint(previous, map_location)
+            step = content.get("global_step")
+            rank_zero_warn(f"{error}: going on from {previous}, step {step}", category=UserWarning)
+            return content
+
+
+class UnreadableCheckpoint(UserError):
+    """A file that is damaged, or no checkpoint at all."""
+
+
+def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
+    """What a training wrote to a local file: tensors and plain types.
+
+    Raises:
+        UnreadableCheckpoint: it cannot be read, or no training wrote it.
+        UserError: there is no such file, or it holds code.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"ckpt_path: {path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        if names := code_in(path):
             raise UserError(
-                f"ckpt_path: {path}: not a checkpoint that can be loaded ({clip(first_line, 160)})"
+                f"ckpt_path: {path}: not a checkpoint that is loaded: it holds code ({first_names(names)})"
             ) from error
-        if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
-            raise UserError(
-                f"ckpt_path: {path}: not a checkpoint of a training, for weights alone there is model.pretrained"
-            )
-        return content
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnreadableCheckpoint(
+            f"ckpt_path: {path}: not a checkpoint that can be loaded ({clip(first_line, 160)})"
+        ) from error
+    if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
+        raise UnreadableCheckpoint(
+            f"ckpt_path: {path}: not a checkpoint of a training, for weights alone there is model.pretrained"
+        )
+    return content
+
+
+def code_in(path: str | os.PathLike) -> list[str]:
+    """Names of functions and classes that reading the file would call, beyond tensors and plain types."""
+    try:
+        return list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # so damaged that it cannot be looked through
+        return []
 
 
 class ResumeGuard(pl.Callback):
@@ -116,6 +155,7 @@ class ResumeGuard(pl.Callback):
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raise a UserError that names every setting that changed; those that are allowed give a warning."""
+        check_same_step(checkpoint)
         if "settings" not in checkpoint:
             return
         changes = changed_settings(checkpoint["settings"], run_settings(trainer, pl_module))
@@ -129,6 +169,13 @@ class ResumeGuard(pl.Callback):
                 )
         for key, (old, new) in changes.items():
             rank_zero_warn(f"resuming with another {key}: {clip(old)} then, {clip(new)} now", category=UserWarning)
+
+
+def check_same_step(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to go on when processes read different files, as on a network disk whose hosts do not agree yet."""
+    steps = distributed.gather_objects(checkpoint.get("global_step"))
+    if len(set(steps)) > 1:
+        raise UserError(f"ckpt_path: the processes read checkpoints of different steps: {steps}; start again")
 
 
 def run_settings(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
@@ -209,10 +256,24 @@ def first_names(names: list[str]) -> str:
 class LastCheckpoint(ModelCheckpoint):
     """Keeps `<run folder>/checkpoints/last.ckpt` up to date: every n optimizer steps, and when training ends.
 
-    This is what `--ckpt_path last` reads.
+    This is what `--ckpt_path last` reads. The one before it stays as `previous.ckpt`, for a disk that damages a file.
+    A file that cannot be written costs a warning, on all processes alike; the third in a row, or the one at the end,
+    stops the run with the last whole checkpoint in place.
+
+    Args:
+        every_n_train_steps: optimizer steps between two writings.
+        dirpath: another folder.
+        keep_previous: keep the one before the last.
+        max_failures: writings in a row that may fail.
     """
 
-    def __init__(self, every_n_train_steps: int = 500, dirpath: str | None = None) -> None:
+    def __init__(
+        self,
+        every_n_train_steps: int = 500,
+        dirpath: str | None = None,
+        keep_previous: bool = True,
+        max_failures: int = 2,
+    ) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="last",
@@ -220,16 +281,48 @@ class LastCheckpoint(ModelCheckpoint):
             save_top_k=1,  # without a metric to monitor: the newest
             enable_version_counter=False,
         )
+        self.keep_previous, self.max_failures, self.failures = keep_previous, max_failures, 0
         self._step_before: int | None = None  # of the present batch
+        self._step_in_file: int | None = None  # of the file that this process wrote, so that it is known to be sound
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            check_writable(self.dirpath)
         super().setup(trainer, pl_module, stage)
 
     @property
     def path(self) -> str:
         """The file."""
         return os.path.join(self.dirpath, LAST)
+
+    def save(self, trainer: pl.Trainer) -> str:
+        """Write the file, on all processes together; returns what went wrong, on all of them, or an empty text."""
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)
+        error = ""
+        try:
+            if trainer.is_global_zero and self.keep_previous and self._step_in_file is not None:
+                keep_as_previous(self.path)
+            trainer.strategy.save_checkpoint(checkpoint, self.path)
+        except OSError as failure:  # on the first process alone: the others must not wait for it
+            error = f"{self.path} was not written: {failure}"
+        error = trainer.strategy.broadcast(error)
+        self.failures = self.failures + 1 if error else 0
+        self._step_in_file = self._step_in_file if error else trainer.global_step
+        return error
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        error = self.save(trainer)
+        if error and self.failures > self.max_failures:
+            raise UserError(f"{error}\n{self.failures} times in a row; make room, then go on with --ckpt_path last")
+        if error:
+            stays = "no checkpoint of this process" if self._step_in_file is None else f"step {self._step_in_file}"
+            rank_zero_warn(f"step {trainer.global_step}: {error}; {stays} stays there", category=UserWarning)
+            return
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, self.path
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -248,8 +341,43 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self._step_before is not None and self._last_global_step_saved != trainer.global_step:
-            self._save_checkpoint(trainer, self.path)
+        if self._step_before is None or self._last_global_step_saved == trainer.global_step:
+            return
+        if error := self.save(trainer):
+            raise UserError(f"the run is over, but {error}\nmake room, then go on with --ckpt_path last")
+
+
+def keep_as_previous(path: str) -> None:
+    """Give a checkpoint a second name, `previous.ckpt`, before it is replaced."""
+    previous = os.path.join(os.path.dirname(path), PREVIOUS)
+    if "://" in path or not os.path.exists(path):
+        return
+    part = f"{previous}.part"
+    try:
+        if os.path.exists(part):
+            os.unlink(part)
+        os.link(path, part)
+        os.replace(part, previous)
+    except OSError:  # no links on this file system: for a moment there is no `last`, and a resume takes `previous`
+        os.replace(path, previous)
+
+
+def check_writable(folder: str) -> None:
+    """Write and remove a file: Lightning is silent about a folder that cannot be written to.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if "://" in folder:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe = os.path.join(folder, f".probe-{os.getpid()}")
+        with open(probe, "wb") as file:
+            file.write(b"mmtrain")
+        os.unlink(probe)
+    except OSError as error:
+        raise UserError(f"trainer.default_root_dir: cannot write to {folder}: {error}") from error
 
 
 def training_record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -15,14 +16,18 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mmtrain import distributed
 from mmtrain.callbacks import EvaluationTable
-from mmtrain.checkpoint import LAST
-from mmtrain.config_errors import UserError, is_first_process, say_once
+from mmtrain.checkpoint import LAST, PREVIOUS
+from mmtrain.config_errors import UserError, clip, is_first_process, say_once
 from mmtrain.config_merge import Layer
 from mmtrain.config_rejections import Rejection, check_groups, check_sections, explain
 from mmtrain.loggers import default_logger
+from mmtrain.preemption import leaving_at_once
 from mmtrain.run_folder import SaveConfig, move_aside
+from mmtrain.watchdog import die_with_launcher
 
+LOST = re.compile(r"closed by peer|reset by peer|[Tt]imed out|NCCL|Broken pipe|Socket")
 WRAPPED = re.compile(r"Does not validate against any of the Union subtypes|Problem with given class_path")
 
 
@@ -48,10 +53,11 @@ class CLI(LightningCLI):
         verb: fit, validate, test or predict.
         layer: the merged config of this run.
         help_argv: words to parse as they are, for `--help`; nothing runs then.
+        only_build: make trainer, model and data, and leave the run folder and the loggers alone.
     """
 
-    def __init__(self, verb: str, layer: Layer, help_argv: list[str] | None = None) -> None:
-        self.verb, self.layer = verb, layer
+    def __init__(self, verb: str, layer: Layer, help_argv: list[str] | None = None, only_build: bool = False) -> None:
+        self.verb, self.layer, self.only_build = verb, layer, only_build
         self.constructor_error: Exception | None = None
         Parser.rejections, Parser.layer = [], layer
         super().__init__(
@@ -97,6 +103,10 @@ class CLI(LightningCLI):
             self.constructor_error = error
             raise
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.only_build:
+            super()._run_subcommand(subcommand)
+
     def after_fit(self) -> None:
         """`fit` ends with the figures of its final weights, also when it stopped between two evaluations."""
         table = next((c for c in self.trainer.callbacks if isinstance(c, EvaluationTable)), None)
@@ -111,7 +121,11 @@ class CLI(LightningCLI):
         if kwargs.get("ckpt_path") != "last":
             return kwargs
         path = os.path.join(self.trainer.default_root_dir, "checkpoints", LAST)
-        exists = get_filesystem(path).exists(path)
+        filesystem = get_filesystem(path)
+        exists = filesystem.exists(path)
+        if not exists and filesystem.exists(previous := path.removesuffix(LAST) + PREVIOUS):
+            say_once(f"no {path}: going on from {previous}")
+            return kwargs | {"ckpt_path": previous}
         if not exists and subcommand != "fit":
             raise UserError(f"ckpt_path: last: there is no {path}; train first, or give --vars.name or a path")
         if not exists:  # so that the same command line starts a run and goes on with it
@@ -132,7 +146,10 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[self.verb].trainer
-        fresh = self.verb == "fit" and not self.config_init[self.verb].ckpt_path and not trainer.fast_dev_run
+        if self.only_build:
+            trainer.logger = False
+        begins = self.verb == "fit" and not self.config_init[self.verb].ckpt_path
+        fresh = begins and not trainer.fast_dev_run and not self.only_build
         folder = str(trainer.default_root_dir or "")
         # only now, when model and data could be made: a mistake there must not move a run away
         if fresh and folder and is_first_process() and (aside := move_aside(folder)):
@@ -143,9 +160,13 @@ class CLI(LightningCLI):
             name = self.layer.data["vars"]["name"]
             kwargs["logger"] = default_logger(folder, name, self.verb, fresh)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:  # for example an unknown strategy or precision
             raise UserError(f"trainer: {error}") from error
+        # Lightning's handler of SIGTERM broadcasts from inside a signal, and that of SIGUSR1 leaves files behind that a
+        # later run would load; `Preemption` does what is needed
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        return trainer
 
 
 def run(verb: str, layer: Layer) -> None:
@@ -156,7 +177,29 @@ def run(verb: str, layer: Layer) -> None:
         SystemExit: raised inside training.
     """
     quiet()
-    CLI(verb, layer)
+    die_with_launcher()
+    with leaving_at_once() if verb == "fit" else contextlib.nullcontext():
+        try:
+            CLI(verb, layer)
+        except RuntimeError as error:
+            if distributed.world_size() > 1 and LOST.search(str(error)):
+                reason = clip(str(error).strip().splitlines()[-1], 200)
+                raise SystemExit(
+                    f"rank {distributed.rank()}: another process is gone or does not answer ({reason}); "
+                    "the last checkpoint is sound, go on with --ckpt_path last"
+                ) from error
+            raise
+
+
+def build(layer: Layer) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
+    """Trainer, model and data of a config as `fit` would have them; nothing runs, and no run folder is touched.
+
+    Raises:
+        UserError: any mistake found on the way.
+    """
+    quiet()
+    made = CLI("fit", layer, only_build=True)
+    return made.trainer, made.model, made.datamodule
 
 
 def show_help(verb: str, argv: list[str]) -> None:

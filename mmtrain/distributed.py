@@ -1,5 +1,8 @@
 """The few collectives that the losses need, written so that they are the identity on one process."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,10 +52,39 @@ def sum_and_keep_own_rows(full: Tensor) -> Tensor:
     return full[rank() * size : (rank() + 1) * size].clone()
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """What every process brings, in rank order: plain types."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """True on every process as soon as `flag` is True on one."""
+    return bool(largest(int(flag), device))
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the small whole numbers that the processes bring, on every process."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return value
+    found = torch.tensor([float(value)], device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found.item())
+
+
+def rows_of_all(draw: Callable[[int], Tensor], rows: int) -> Tensor:
+    """This process's rows of random numbers that are drawn for the global batch.
+
+    Processes are seeded alike, so each draws the same numbers for all and takes its own rows; what is trained then does
+    not depend on how many processes share the batch. One process draws what `draw(rows)` gives.
+
+    Args:
+        draw: makes the numbers of [n] samples, in rows.
+        rows: samples of this process; the same on all.
+    """
+    if world_size() == 1:
+        return draw(rows)
+    return draw(world_size() * rows)[rank() * rows : (rank() + 1) * rows].clone()

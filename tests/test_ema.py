@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmtrain.callbacks import NonFiniteGuard, Preemption
+from mmtrain.callbacks import NonFiniteGuard
 from mmtrain.checkpoint import AtomicCheckpointIO, LastCheckpoint, ResumeGuard
 from mmtrain.config_errors import UserError
 from mmtrain.ema import TrainableEma, decay_at, ema_weights
+from mmtrain.preemption import Preemption
 
 
 class Net(pl.LightningModule):
