@@ -39,7 +39,8 @@ class Children:
     """The processes that are running, to be ended together."""
 
     def __init__(self, threads: int) -> None:
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        # A user's own settings win. Threads that wait by spinning are many times slower where other work shares cores.
+        self.environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"} | os.environ
         self.lock, self.running, self.stopped = threading.Lock(), set[subprocess.Popen](), False
         self.told: set[subprocess.Popen] = set()  # to stop
 
