@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test lint format bench slow
+.PHONY: demo test lint format bench slow slurm
 
 demo: .venv/installed
 	$(RUN) -m mmtrain fit -c configs/rankclip_emoji.yaml
@@ -13,6 +13,10 @@ test: .venv/installed lint
 
 slow: .venv/installed
 	$(RUN) -m pytest -m slow --timeout 3000
+
+# A real Slurm on this machine, as the present user; Debian: apt-get install slurm-wlm munge
+slurm: .venv/installed
+	$(RUN) -m pytest -m slurm tests/test_slurm.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

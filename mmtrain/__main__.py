@@ -22,6 +22,8 @@ OTHERS = {  # verb: (module whose main(argv) runs it, description); imported onl
     "report": ("mmtrain.reporting.report", "one page of many runs beside the reported numbers"),
     "dashboard": ("mmtrain.reporting.dashboard", "the same as a W&B project: baselines, workspace, report"),
     "reproduce": ("mmtrain.reproduce", "a paper's comparison at laptop scale, with a verdict on each claim"),
+    "plan": ("mmtrain.plan", "what a config needs on N nodes: memory, network, hours, and the bottleneck"),
+    "submit": ("mmtrain.submit", "write and submit a Slurm job, or an array of them"),
     "export": ("mmtrain.export", "write a checkpoint in a released layout"),
 }
 USAGE = """usage: python -m mmtrain VERB ...
