@@ -26,7 +26,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmtrain.config_errors import UserError, nearest
-from mmtrain.metrics.intervals import Interval, apart, score_interval
+from mmtrain.metrics.intervals import Interval, apart, bootstrap, score_interval
 from mmtrain.plans import Claim, Job, Plan, jobs, preparations, shared_trainings
 from mmtrain.reporting.results import Estimate, Run, estimate, read_run
 from mmtrain.reporting.tables import FRACTIONS
@@ -198,7 +198,9 @@ def by_episodes(plan: Plan, claim: Claim, own: Sequence[Run], theirs: Sequence[R
             return {}
         values = [value for part in parts for value in part]
         seeds = [place for place, part in enumerate(parts) for _ in part]
-        sides[side] = score_interval(values), score_interval(values, clusters=seeds), len(values)
+        is_share = min(values) >= 0 and max(values) <= 1
+        interval = score_interval if is_share else bootstrap  # similarities may lie below zero
+        sides[side] = interval(values), interval(values, clusters=seeds), len(values)
     found = {"n": [sides["ours"][2], sides["theirs"][2]]}
     for place, name in enumerate(("pooled", "by_seed")):
         ours, rival = (sides[side][place] for side in ("ours", "theirs"))

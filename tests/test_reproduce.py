@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_differences_are_paired_by_seed() -> None:
     assert entry["verdict"] == "holds" and entry["rival"] == "Rival"
     assert entry["difference"]["mean"] == pytest.approx(0.01) and entry["difference"]["n"] == 3
     assert (entry["ours"], entry["theirs"]) == (pytest.approx(0.5), pytest.approx(0.49))
+
+
+def test_scores_below_zero_have_episodes_too() -> None:
+    """Similarities are no shares: their interval is the bootstrap's alone."""
+    scores = {"Own": [-0.2, 0.5, 0.4, 0.45] * 20, "Rival": [-0.5, -0.3, 0.1, 0.0] * 20}
+    plan = replace(SMALL, episodes=lambda folder, metric: scores[folder.name])
+    runs = {name: [run(name, seed, 0.5, Path(name)) for seed in range(2)] for name in scores}
+    (entry,) = judge(plan, runs)
+    assert entry["episodes"]["pooled"]["verdict"] == "holds" and entry["episodes"]["n"] == [160, 160]
 
 
 class Recorder(reproduce.Children):
