@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
     made: dict[str, Any] = {}
     checks: list[tuple[str, Callable[[], str]]] = [
         ("config", lambda: check_config(words, made)),
-        ("data", lambda: check_data(made, ranks)),
         ("run folder", lambda: check_folder(made)),
         ("disk", lambda: check_disk(made)),
+        ("data", lambda: check_data(made, ranks)),
         ("two steps", lambda: check_steps(words, made, ranks)),
     ]
     failed = 0
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
         except UserError as error:
             found, state, failed = str(error).strip(), "FAILED", failed + 1
         print(f"{name:<11} {state:<7} {time.monotonic() - begin:5.1f} s  {found}", flush=True)
-        if name == "config" and failed:
-            break  # nothing else can be looked at
+        if state == "FAILED" and name in ("config", "data"):
+            break  # what follows cannot be, or says the same once more
     return 1 if failed else 0
 
 
@@ -76,17 +76,21 @@ def check_data(made: dict[str, Any], ranks: int) -> str:
         batches = len(data.train_dataloader())
     except (OSError, ValueError) as error:
         raise UserError(f"{type(error).__name__}: {error}") from error
-    size = getattr(data, "batch_size", None) or getattr(data.hparams, "batch_size", None)
-    if size and size % ranks:
+    if (size := global_batch(data)) and size % ranks:
         raise UserError(f"data.batch_size: the global batch of {size} cannot be divided among {ranks} processes")
     missing = getattr(data, "missing", {})
     left_out = f"; evaluation sets that are not there: {', '.join(missing)}" if missing else ""
     return f"{batches} batches an epoch{left_out}"
 
 
+def global_batch(data: Any) -> int | None:
+    """Samples of a training step over all processes; None where the data module does not tell."""
+    return getattr(data, "batch_size", None) or getattr(data.hparams, "batch_size", None)
+
+
 def check_folder(made: dict[str, Any]) -> str:
     """Write a file where the run will write."""
-    from mmtrain.checkpoint import check_writable
+    from mmtrain.run_folder import check_writable
 
     check_writable(str(made["folder"]))
     return str(made["folder"])
@@ -106,7 +110,7 @@ def check_disk(made: dict[str, Any]) -> str:
 
 def check_steps(words: list[str], made: dict[str, Any], ranks: int) -> str:
     """`fit` for two steps of one process's share of the batch, in a folder that is thrown away."""
-    size = getattr(made["data"].hparams, "batch_size", None)
+    size = global_batch(made["data"])
     share = ["--data.batch_size", str(max(1, size // ranks))] if size else []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "mmtrain", "fit", *words, *share]
@@ -125,8 +129,9 @@ def check_steps(words: list[str], made: dict[str, Any], ranks: int) -> str:
                 f"two steps took over {TRIAL_SECONDS} s: the data may be slow, or the model is meant for a GPU"
             ) from error
         if done.returncode:
-            last = [line for line in done.stderr.strip().splitlines() if line.strip()][-3:]
-            raise UserError(f"exit code {done.returncode}: {' / '.join(last) or done.stdout[-300:]}")
+            lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [done.stdout[-300:]]
+            told = next((i for i, line in enumerate(lines) if line.startswith("error")), len(lines) - 3)
+            raise UserError(f"exit code {done.returncode}: {' / '.join(lines[max(0, told) :])}")
         return f"{share[1] if share else 'all'} samples a process, {time.monotonic() - begin:.0f} s with start-up"
 
 

@@ -46,14 +46,14 @@ def main(argv: list[str]) -> int:
         folder = Path("runs")
     if options.dry_run:
         print(script, end="")
+        if rows:
+            print(f"\n# and after it, in a job of its own:\n{report_script(rows, 'JOB', options)}", end="")
         return 0
     job = send(script, folder, [])
     print(f"job {job}: follow it with\n  squeue -j {job}\n  tail -F slurm-{job}{'_*' if rows else ''}.log")
     print(f"  tail -F slurm-logs/{'*' if rows else job}/rank-0.log\nend it with scancel {job}")
     if rows:
-        folders = [f"runs/{Path(config).stem}-seed{seed}" for config in rows[0] for seed in rows[1]]
-        report = f"{shlex.quote(sys.executable)} -m mmtrain report {shlex.join(folders)} --out runs/report-{job}"
-        after = send(wrapped(report, options), folder, [f"--dependency=afterany:{job}"])
+        after = send(report_script(rows, job, options), folder, [f"--dependency=afterany:{job}"])
         print(f"job {after} then writes runs/report-{job}/report.html")
     return 0
 
@@ -140,14 +140,18 @@ def header(options: argparse.Namespace, array: str = "") -> list[str]:
     return lines + [f"#SBATCH {word}" for word in shlex.split(options.sbatch)]
 
 
-def wrapped(command: str, options: argparse.Namespace) -> str:
-    """A batch script of one command on one core."""
+def report_script(rows: tuple[list[str], list[int]], job: str, options: argparse.Namespace) -> str:
+    """A batch script on one core that writes one page of all rows of an array."""
+    folders = [f"runs/{Path(config).stem}-seed{seed}" for config in rows[0] for seed in rows[1]]
     queue = {"partition": options.partition, "account": options.account}
-    head = [f"#SBATCH --{key}={value}" for key, value in queue.items() if value]
-    return (
-        "\n".join(["#!/bin/bash", "#SBATCH --job-name=mmtrain-report", "#SBATCH --output=slurm-%j.log", *head, command])
-        + "\n"
-    )
+    lines = [
+        "#!/bin/bash",
+        "#SBATCH --job-name=mmtrain-report",
+        "#SBATCH --output=slurm-%j.log",
+        *(f"#SBATCH --{key}={value}" for key, value in queue.items() if value),
+        f"{shlex.quote(sys.executable)} -m mmtrain report {shlex.join(folders)} --out runs/report-{job}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def plain_words(settings: list[tuple[str, str]]) -> list[str]:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Checks in two minutes, on one process, what would waste a big allocation: config, data, disk, and two steps of training.
+# Checks in two minutes, on one process, what would waste a big allocation: config, data, disk, two training steps.
 #   slurm/preflight.sh configs/rankclip_cc3m.yaml --ranks 32 --vars.data /data
 # Exit code 0 if all is well, else 1 with what to do.
 PYTHON="${MMTRAIN_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}"

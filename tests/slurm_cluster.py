@@ -90,7 +90,7 @@ class Cluster:
         shown = self.run("scontrol", "show", "job", job)
         return shown.partition("JobState=")[2].partition(" ")[0]
 
-    def wait(self, job: str, states: tuple[str, ...], seconds: float = 400) -> str:
+    def wait(self, job: str, states: tuple[str, ...], seconds: float = 800) -> str:
         """Wait until a job is in one of these states."""
         end = time.monotonic() + seconds
         while (state := self.state(job)) not in states:

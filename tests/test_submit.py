@@ -17,7 +17,11 @@ echo "$((41 + $(wc -l < "$(dirname "$0")/calls")));cluster"
 # srun and scontrol of a machine without Slurm: the first writes down what it would run and exits with $CODE
 FAKE_TOOLS = {
     "sbatch": FAKE_SBATCH,
-    "srun": '#!/bin/bash\necho "$@" >> "$(dirname "$0")/calls"\nexit "$CODE"\n',
+    "srun": """#!/bin/bash
+echo "cores=$SRUN_CPUS_PER_TASK $@" >> "$(dirname "$0")/calls"
+[ -n "$CUT_OFF" ] && kill -TERM $PPID
+exit "$CODE"
+""",
     "scontrol": '#!/bin/bash\n[ "$1" = show ] && echo first-host || echo "scontrol $@" >> "$(dirname "$0")/calls"\n',
     "nvidia-smi": '#!/bin/bash\nexit "${NO_GPU:-0}"\n',
 }
@@ -77,6 +81,9 @@ def test_an_array_has_a_row_each_and_one_report(capsys, tools) -> None:
     report = Path(second.split()[-1]).read_text()
     for name in ("rankclip_emoji-seed0", "rankclip_emoji-seed1", "clip_emoji-seed0", "clip_emoji-seed1"):
         assert f"runs/{name}" in report
+    assert main(["submit", "-c", "rankclip_emoji", "--array", *rows, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "#SBATCH --array=0-3" in shown and "--out runs/report-JOB" in shown and len(calls(tools)) == 2
 
 
 @pytest.mark.parametrize(
@@ -135,8 +142,9 @@ def test_the_batch_script_requeues_what_saved_and_nothing_else(tools) -> None:
             "fit -c a.yaml -c cluster --trainer.num_nodes 2 --trainer.devices 4 --ckpt_path last --x y z"
             in calls(tools)[0]
         )
-    batch("train.sbatch", "a.yaml", CODE="0", NO_GPU="9")
-    assert "-c cluster_cpu" in calls(tools)[-1]
+    batch("train.sbatch", "a.yaml", CODE="0", NO_GPU="9", SLURM_CPUS_PER_TASK="12")
+    assert "-c cluster_cpu" in calls(tools)[-1] and calls(tools)[-1].startswith("cores=12 ")
+    assert batch("train.sbatch", "a.yaml", CODE="0", CUT_OFF="1").returncode == 143, "cut off, whatever srun says"
     assert batch("train.sbatch", CODE="0").returncode != 0, "no config"
 
 
