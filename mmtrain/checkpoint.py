@@ -1,7 +1,8 @@
 """Checkpoints that are never half-written, and a guard that a run goes on with the settings that it began with."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,8 +54,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-        except BaseException:
+        except BaseException as error:
             part.unlink(missing_ok=True)
+            if failure := disk_failure(error):
+                raise failure from None
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -84,6 +87,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             step = content.get("global_step")
             rank_zero_warn(f"{error}: going on from {previous}, step {step}", category=UserWarning)
             return content
+
+
+def disk_failure(error: BaseException | None) -> OSError | None:
+    """The OSError behind an error, if there is one: on a full disk `torch.save` fails a second time while it closes
+    its archive, with a RuntimeError about positions."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__ if isinstance(error, RuntimeError) else None
+    return error
 
 
 class UnreadableCheckpoint(UserError):
@@ -153,9 +164,15 @@ class ResumeGuard(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("on_load_checkpoint", None)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to train when the processes stand at different steps, as when the hosts of a network disk do not agree
+        yet which file is the last; asked here, where a process that found no checkpoint answers too."""
+        steps = distributed.gather_objects(trainer.global_step)
+        if len(set(steps)) > 1:
+            raise UserError(f"ckpt_path: the processes read checkpoints of different steps: {steps}; start again")
+
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raise a UserError that names every setting that changed; those that are allowed give a warning."""
-        check_same_step(checkpoint)
         if "settings" not in checkpoint:
             return
         changes = changed_settings(checkpoint["settings"], run_settings(trainer, pl_module))
@@ -169,13 +186,6 @@ class ResumeGuard(pl.Callback):
                 )
         for key, (old, new) in changes.items():
             rank_zero_warn(f"resuming with another {key}: {clip(old)} then, {clip(new)} now", category=UserWarning)
-
-
-def check_same_step(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to go on when processes read different files, as on a network disk whose hosts do not agree yet."""
-    steps = distributed.gather_objects(checkpoint.get("global_step"))
-    if len(set(steps)) > 1:
-        raise UserError(f"ckpt_path: the processes read checkpoints of different steps: {steps}; start again")
 
 
 def run_settings(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
@@ -287,8 +297,6 @@ class LastCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
-            check_writable(self.dirpath)
         super().setup(trainer, pl_module, stage)
 
     @property
@@ -301,9 +309,9 @@ class LastCheckpoint(ModelCheckpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)
         error = ""
         try:
-            if trainer.is_global_zero and self.keep_previous and self._step_in_file is not None:
-                keep_as_previous(self.path)
-            trainer.strategy.save_checkpoint(checkpoint, self.path)
+            keeps = trainer.is_global_zero and self.keep_previous and self._step_in_file is not None
+            with keeping_previous(self.path) if keeps else nullcontext():
+                trainer.strategy.save_checkpoint(checkpoint, self.path)
         except OSError as failure:  # on the first process alone: the others must not wait for it
             error = f"{self.path} was not written: {failure}"
         error = trainer.strategy.broadcast(error)
@@ -347,37 +355,25 @@ class LastCheckpoint(ModelCheckpoint):
             raise UserError(f"the run is over, but {error}\nmake room, then go on with --ckpt_path last")
 
 
-def keep_as_previous(path: str) -> None:
-    """Give a checkpoint a second name, `previous.ckpt`, before it is replaced."""
+@contextmanager
+def keeping_previous(path: str) -> Iterator[None]:
+    """While a checkpoint is replaced, keep a second name for the old one; once it is, that becomes `previous.ckpt`."""
     previous = os.path.join(os.path.dirname(path), PREVIOUS)
+    part = Path(f"{previous}.part")
     if "://" in path or not os.path.exists(path):
+        yield
         return
-    part = f"{previous}.part"
+    part.unlink(missing_ok=True)
     try:
-        if os.path.exists(part):
-            os.unlink(part)
         os.link(path, part)
-        os.replace(part, previous)
     except OSError:  # no links on this file system: for a moment there is no `last`, and a resume takes `previous`
         os.replace(path, previous)
-
-
-def check_writable(folder: str) -> None:
-    """Write and remove a file: Lightning is silent about a folder that cannot be written to.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if "://" in folder:
-        return
     try:
-        os.makedirs(folder, exist_ok=True)
-        probe = os.path.join(folder, f".probe-{os.getpid()}")
-        with open(probe, "wb") as file:
-            file.write(b"mmtrain")
-        os.unlink(probe)
-    except OSError as error:
-        raise UserError(f"trainer.default_root_dir: cannot write to {folder}: {error}") from error
+        yield
+        if part.exists():
+            os.replace(part, previous)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def training_record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

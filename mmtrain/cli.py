@@ -24,10 +24,9 @@ from mmtrain.config_merge import Layer
 from mmtrain.config_rejections import Rejection, check_groups, check_sections, explain
 from mmtrain.loggers import default_logger
 from mmtrain.preemption import leaving_at_once
-from mmtrain.run_folder import SaveConfig, move_aside
-from mmtrain.watchdog import die_with_launcher
+from mmtrain.run_folder import SaveConfig, check_writable, move_aside
+from mmtrain.watchdog import die_with_launcher, is_lost_process
 
-LOST = re.compile(r"closed by peer|reset by peer|[Tt]imed out|NCCL|Broken pipe|Socket")
 WRAPPED = re.compile(r"Does not validate against any of the Union subtypes|Problem with given class_path")
 
 
@@ -154,6 +153,8 @@ class CLI(LightningCLI):
         # only now, when model and data could be made: a mistake there must not move a run away
         if fresh and folder and is_first_process() and (aside := move_aside(folder)):
             say_once(f"{folder} held an earlier run: moved to {aside}")
+        if folder and is_first_process() and not (trainer.fast_dev_run or self.only_build):
+            check_writable(folder)
         if trainer.logger is False and trainer.callbacks:
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, LearningRateMonitor)]  # it insists
         if trainer.logger is None and not trainer.fast_dev_run:
@@ -182,7 +183,7 @@ def run(verb: str, layer: Layer) -> None:
         try:
             CLI(verb, layer)
         except RuntimeError as error:
-            if distributed.world_size() > 1 and LOST.search(str(error)):
+            if is_lost_process(error):
                 reason = clip(str(error).strip().splitlines()[-1], 200)
                 raise SystemExit(
                     f"rank {distributed.rank()}: another process is gone or does not answer ({reason}); "
@@ -227,5 +228,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create.*")
     # two libraries disagreeing inside Lightning
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+    # where Slurm is installed, a run outside of it is a wish, not a mistake
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system.*")
     # advertisements for other products
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)

@@ -61,8 +61,12 @@ class Preemption(pl.Callback):
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore()  # all is saved: nothing to wait for any more
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After a signal in the midst of the last writing all is saved; what follows is left to a resume."""
+        received = distributed.largest(self._received, trainer.strategy.root_device)
+        self._restore()
+        if received:
+            self._exit(trainer, SIGNALS[received - 1], "")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore()
@@ -86,9 +90,12 @@ class Preemption(pl.Callback):
 
     def _leave(self, trainer: pl.Trainer, number: signal.Signals) -> None:
         last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
-        error = last.save(trainer) if last else "no LastCheckpoint among the callbacks"
+        self._exit(trainer, number, last.save(trainer) if last else "no LastCheckpoint among the callbacks")
+
+    def _exit(self, trainer: pl.Trainer, number: signal.Signals, error: str) -> None:
         if trainer.is_global_zero:
-            saved = f"saved {last.path}, go on with --ckpt_path last" if not error else f"nothing saved: {error}"
+            last = next((c.path for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), "")
+            saved = f"nothing saved: {error}" if error else f"saved {last}, go on with --ckpt_path last"
             verb = "told to make room" if number == signal.SIGUSR1 else "terminated"
             print(f"{verb} at step {trainer.global_step}; {saved}", file=sys.stderr, flush=True)
         # The first process speaks for the run. A launcher that sees one leave signals the others in mid-teardown.

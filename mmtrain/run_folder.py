@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,24 @@ def move_aside(folder: str) -> str | None:
         number += 1
     root.rename(aside)
     return str(aside)
+
+
+def check_writable(folder: str) -> None:
+    """Write and remove a file: Lightning is silent about a folder that cannot be written to.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if "://" in folder:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe = os.path.join(folder, f".probe-{os.getpid()}")
+        with open(probe, "wb") as file:
+            file.write(b"mmtrain")
+        os.unlink(probe)
+    except OSError as error:
+        raise UserError(f"trainer.default_root_dir: cannot write to {folder}: {error}") from error
 
 
 def code_version() -> dict[str, Any]:
