@@ -3,6 +3,8 @@
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mmtrain.video_audio import Clip, ClipFormat
 
@@ -68,6 +70,6 @@ class MeanColours:
         """What the features are."""
         return {"extractor": "mean colours"}
 
-    def extract(self, frames: np.ndarray) -> np.ndarray:
+    def extract(self, frames: np.ndarray | Tensor) -> Tensor:
         """Of frames uint8 [..., T, 3, H, W]."""
-        return frames.mean(axis=(-2, -1), dtype=np.float32) / np.array([10, 80, 255], np.float32)
+        return torch.as_tensor(frames).float().mean((-2, -1)) / torch.tensor([10.0, 80.0, 255.0])
