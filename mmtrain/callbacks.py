@@ -1,5 +1,6 @@
 """Small callbacks that every run uses: random state, non-finite guard, data counters, final table."""
 
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -8,14 +9,16 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtrain import distributed
 from mmtrain.config_errors import UserError
+from mmtrain.parallel import local
 from mmtrain.reporting.tables import FRACTIONS
 
 
@@ -24,10 +27,16 @@ class RandomState(pl.Callback):
 
     They are set back just before the first batch after a resume, when nothing else draws from them any more.
     With another number of processes the states of the first ones are used, and new ones keep their seed.
+    Without a resume training begins with generators that are seeded anew: what was drawn before, for the weights,
+    depends on the strategy, and what is trained must not.
     """
 
     def __init__(self) -> None:
         self._loaded: list[dict[str, Any]] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._loaded:
+            reset_seed()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint["random_state"] = distributed.gather_objects(random_state())
@@ -93,11 +102,8 @@ class NonFiniteGuard(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() >= 1:  # below 1 it is no overflow any more
             return
-        named = pl_module.named_parameters()
-        bad = [name for name, p in named if p.grad is not None and not local(p.grad).isfinite().all()]
-        what = "gradient" if sound or bad else "loss"
-        where = f"{len(bad)} parameters here, first {bad[0]}" if bad else "another process" if sound else f"{loss:.3g}"
-        message = f"step {trainer.global_step}: the {what} is not finite ({where})"
+        found = distributed.gather_objects("" if sound else what_is_not_finite(pl_module, loss))
+        message = f"step {trainer.global_step}: not finite: {by_process(found)}"
         self.skipped += 1
         if self.action == "stop" or self.skipped > self.max_skipped:
             raise UserError(
@@ -109,9 +115,22 @@ class NonFiniteGuard(pl.Callback):
             parameter.grad = None
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds; all of it where nothing is sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def what_is_not_finite(module: nn.Module, loss: Tensor | float) -> str:
+    """Loss, gradients or both, in words; of this process."""
+    grads = {name: local(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+    bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
+    found = [] if math.isfinite(loss) else [f"the loss ({float(loss):.3g})"]
+    found += [f"the gradient of {len(bad)} parameters, first {bad[0]}"] if bad else []
+    return ", ".join(found) or "the norm of the gradient"
+
+
+def by_process(found: list[str]) -> str:
+    """What processes found, in rank order, as a line: those first whose loss it was, as gradients are shared."""
+    if len(found) == 1:
+        return found[0]
+    named = [f"process {rank}: {text}" for rank, text in enumerate(found) if text]
+    named.sort(key=lambda text: "the loss" not in text)
+    return "; ".join(named[:3]) + ("; ..." if len(named) > 3 else "")
 
 
 class DataCounters(pl.Callback):

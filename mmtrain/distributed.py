@@ -39,6 +39,15 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def count_a_process(count: Tensor) -> Tensor:
+    """Mean over the processes of how many things each has, at least one in all: what a mean over them divides by.
+
+    The gradients of processes are averaged, so that sums divided by this come to the mean over all things, where means
+    over each process's own would give every process the same weight.
+    """
+    return sum_over_processes(count).clamp(min=1) / world_size()
+
+
 def sum_and_keep_own_rows(full: Tensor) -> Tensor:
     """Sum [n * B, D] over all processes and return the [B, D] block that belongs to this one."""
     if world_size() == 1:
@@ -88,3 +97,14 @@ def rows_of_all(draw: Callable[[int], Tensor], rows: int) -> Tensor:
     if world_size() == 1:
         return draw(rows)
     return draw(world_size() * rows)[rank() * rows : (rank() + 1) * rows].clone()
+
+
+def normal_like(tensor: Tensor) -> Tensor:
+    """Standard normal numbers of the shape [B, ...] of a process's part of a batch, see `rows_of_all`."""
+    shape, kind = tensor.shape[1:], {"device": tensor.device, "dtype": tensor.dtype}
+    return rows_of_all(lambda rows: torch.randn(rows, *shape, **kind), len(tensor))
+
+
+def uniform(rows: int, device: torch.device | str = "cpu") -> Tensor:
+    """Numbers [rows] in [0, 1), see `rows_of_all`."""
+    return rows_of_all(lambda every: torch.rand(every, device=device), rows)

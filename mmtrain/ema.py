@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from mmtrain.config_errors import UserError
+from mmtrain.parallel import let_go, like, local, whole
 
 KEY, UPDATES = "ema", "ema_updates"  # in a checkpoint: name -> tensor, and the number of updates behind it
 
@@ -40,6 +41,7 @@ class TrainableEma(pl.Callback):
     It is updated after each step of the optimizer, so not between accumulated batches, nor after one that a gradient
     scaler leaves out. Checkpoints hold the raw weights in `state_dict`, also when they are written in the midst of a
     validation, and the average in `ema`. Half-precision weights are averaged in float32. Buffers are not averaged.
+    Where the model is sharded the average is too, and whole in checkpoints.
 
     A file saved with weights only has no average: Lightning does not ask callbacks then.
 
@@ -82,12 +84,13 @@ class TrainableEma(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         if not self.weights:
             return
-        names = first_names(pl_module)
-        checkpoint[KEY] = {name: self.weights[first] for name, first in names.items() if first in self.weights}
+        names, state = first_names(pl_module), checkpoint["state_dict"]
+        scalars = getattr(trainer.strategy, "scalars", ())
+        average = {first: whole(value, first in scalars) for first, value in self.weights.items()}
+        raw = {first: whole(value, first in scalars) for first, value in self._raw.items()}
+        checkpoint[KEY] = {name: average[first] for name, first in names.items() if first in average}
         checkpoint[UPDATES] = self.updates
-        raw = {name: self._raw[first] for name, first in names.items() if first in self._raw}
-        state = checkpoint["state_dict"]
-        state.update({name: value for name, value in raw.items() if name in state})
+        state.update({name: raw[first] for name, first in names.items() if first in raw and name in state})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if len(trainer.optimizers) != 1:
@@ -108,8 +111,8 @@ class TrainableEma(pl.Callback):
     def update(self, parameters: dict[str, nn.Parameter]) -> None:
         """One step of the average towards `parameters`."""
         decay = decay_at(self.updates - self.update_after_step, self.power, self.max_decay)
-        averages = [self.weights[name] for name in parameters]
-        raw = [p.detach().to(a.dtype) for p, a in zip(parameters.values(), averages, strict=True)]
+        averages = [local(self.weights[name]) for name in parameters]
+        raw = [local(p.detach()).to(a.dtype) for p, a in zip(parameters.values(), averages, strict=True)]
         torch._foreach_lerp_(averages, raw, 1 - decay)
         self.updates += 1
 
@@ -129,6 +132,7 @@ class TrainableEma(pl.Callback):
 
     @torch.no_grad()
     def _swap_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        let_go(pl_module)  # whole copies that an evaluation used do not take the raw weights back
         for name, parameter in pl_module.named_parameters():
             if name in self._raw:
                 parameter.copy_(self._raw[name])
@@ -153,7 +157,7 @@ class TrainableEma(pl.Callback):
         # Lightning evaluates in inference mode, and a tensor made there could never be updated in place again
         with torch.inference_mode(False):
             for name, parameter in parameters.items():
-                self.weights[name] = self.weights[name].to(parameter.device)
+                self.weights[name] = like(self.weights[name].to(parameter.device), parameter)
 
     def _check(self, pl_module: pl.LightningModule, weights: dict[str, Tensor]) -> None:
         own = {name: tuple(p.shape) for name, p in pl_module.named_parameters(remove_duplicate=False)}

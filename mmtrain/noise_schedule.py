@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.config_errors import UserError
+from mmtrain.distributed import rows_of_all
 
 Objective = Literal["eps", "v", "flow"]
 OBJECTIVES = ("eps", "v", "flow")
@@ -105,11 +106,15 @@ class NoiseSchedule:
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Times to train at, [B]: uniform integer steps, or for "flow" the sigmoid of a standard normal, in (0, 1)."""
+        """Times to train at, [B]: uniform integer steps, or for "flow" the sigmoid of a standard normal, in (0, 1).
+
+        Those of this process's part of the batch, see `distributed.rows_of_all`.
+        """
         check_objective(objective)
+        how = {"device": device, "generator": generator}
         if objective == "flow":
-            return torch.randn(batch, device=device, generator=generator).sigmoid()
-        return torch.randint(self.train_steps, (batch,), device=device, generator=generator)
+            return rows_of_all(lambda rows: torch.randn(rows, **how), batch).sigmoid()
+        return rows_of_all(lambda rows: torch.randint(self.train_steps, (rows,), **how), batch)
 
     def network_time(self, t: Tensor | float, objective: Objective) -> Tensor | float:
         """What the network is told: the step itself; for "flow" 1000 (1 - t), so that large still means noisy.

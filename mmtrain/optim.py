@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
@@ -41,7 +42,9 @@ class AdamWSettings:
     def configure(self, module: pl.LightningModule) -> dict[str, Any]:
         """The dict for `LightningModule.configure_optimizers`, stepping every batch."""
         groups = parameter_groups(module.named_parameters(), self.weight_decay, self.decay)
-        optimizer = AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps)
+        # sharded parameters in one operation: how DTensors share out an operation is found out anew for each
+        fused = True if any(isinstance(p, DTensor) for p in module.parameters()) else None
+        optimizer = AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)
         per_epoch, total = training_steps(module.trainer)
         if self.schedule == "onecycle":
             schedule = OneCycleLR(optimizer, self.lr, total_steps=total, pct_start=0.1)

@@ -1,10 +1,9 @@
-"""Random state, the non-finite guard, data counters, checkpoints that are whole or not there, and the resume guard."""
+"""Random state, the non-finite guard, data counters, files of predictions."""
 
 import csv
-import os
 import random
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +93,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_stop_leaves_the_weights_and_names_the_parameter(tmp_path) -> None:
     net = Net(nan_at=(2,))
     with pytest.raises(
-        UserError, match=r"step 2: the gradient is not finite \(1 parameters here, first second\.weight\)"
+        UserError, match=r"step 2: not finite: the loss \(nan\), the gradient of 1 parameters, first second\.weight;"
     ):
         trainer(tmp_path, NonFiniteGuard(), gradient_clip_val=1.0).fit(net, Data())
     assert len(net.seen) == 2 and equal(dict(net.named_parameters()), net.seen[-1])
@@ -103,7 +102,7 @@ def test_stop_leaves_the_weights_and_names_the_parameter(tmp_path) -> None:
 
 def test_skip_is_as_if_the_batch_had_not_been(tmp_path) -> None:
     net, data = Net(nan_at=(1,)), Data()
-    with pytest.warns(UserWarning, match=r"step 1: .*the step is left out \(1 in a row\)"):
+    with pytest.warns(UserWarning, match=r"step 1: .*: the step is left out \(1 in a row\)"):
         trainer(tmp_path, NonFiniteGuard("skip"), gradient_clip_val=1.0).fit(net, data)
     without, shorter = Net(), Data()
     shorter.rows = torch.cat([data.rows[:2], data.rows[4:]])
@@ -163,6 +162,10 @@ def guard_in_processes(rank: int, world_size: int) -> dict[str, Any]:
     with pytest.raises(UserError) as stopped:
         NonFiniteGuard().on_before_optimizer_step(run, net, optimizer)
     result["message"] = str(stopped.value)
+    with pytest.raises(UserError) as stopped:
+        ResumeGuard().on_train_start(Processes(global_step=3 * rank), net)
+    result["steps"] = str(stopped.value)
+    ResumeGuard().on_train_start(run, net)
     run.train_dataloader = SimpleNamespace(counts={"read": 10, f"reason{rank}": 1 + rank})
     DataCounters().on_train_epoch_end(run, net)
     result["logged"] = run.logged
@@ -190,7 +193,11 @@ def test_callbacks_over_two_processes() -> None:
     first, second = run_in_processes(guard_in_processes, 2)
     assert first["nan"] == second["nan"] == 0, "both leave out the step, though only one has the NaN"
     assert first["clean"] == second["clean"] == pytest.approx(0.1)
-    assert "(another process)" in first["message"] and "first second.weight" in second["message"]
+    assert first["message"] == second["message"], "the first process speaks for the run"
+    assert first["message"].startswith(
+        "step 5: not finite: process 1: the gradient of 1 parameters, first second.weight;"
+    )
+    assert "the processes read checkpoints of different steps: [0, 3]" in first["steps"] == second["steps"]
     assert first["logged"] == [({"data/read": 20.0, "data/reason0": 1.0, "data/reason1": 2.0}, 5)]
     assert second["logged"] == []
     assert first["saved"] == second["saved"] == [{"read": 10, "reason0": 1}, {"read": 10, "reason1": 2}]
@@ -262,141 +269,6 @@ def test_data_counters_of_more_processes_than_now_are_added() -> None:
     counters.on_load_checkpoint(run, None, {"data_counters": [{"read": 10, "odd": 1}, {"read": 12}]})
     counters.on_train_start(run, None)
     assert dict(run.train_dataloader.counts) == {"read": 22, "odd": 1}
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_midway_leaves_the_old_checkpoint(tmp_path, monkeypatch, error) -> None:
-    io, path = AtomicCheckpointIO(), tmp_path / "folder" / "last.ckpt"
-    version = {"pytorch-lightning_version": "2.6"}
-    io.save_checkpoint({"step": 1, "weights": torch.ones(3)} | version, path)
-    before = path.read_bytes()
-
-    def fail(_: Any, file: Any) -> None:
-        file.write(b"half")
-        raise error
-
-    monkeypatch.setattr(torch, "save", fail)
-    for target in (path, path.with_name("new.ckpt")):
-        with pytest.raises(type(error)):
-            io.save_checkpoint({"step": 2} | version, target)
-    assert path.read_bytes() == before and os.listdir(path.parent) == ["last.ckpt"]
-    assert io.load_checkpoint(path)["step"] == 1
-    monkeypatch.undo()
-    io.save_checkpoint({"step": 3} | version, path)
-    assert io.load_checkpoint(path) == {"step": 3} | version and os.listdir(path.parent) == ["last.ckpt"]
-
-
-def test_the_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch) -> None:
-    calls: list[str] = []
-    sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("sync"), sync(fd))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b))[1])
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
-    assert calls == ["sync", "replace", "sync"]
-
-
-@dataclass
-class Settings:
-    folder: Path = Path("a/b")
-    inner: list[Optim] = field(default_factory=lambda: [Optim()])
-
-
-def test_settings_are_saved_as_plain_types(tmp_path) -> None:
-    AtomicCheckpointIO().save_checkpoint({"hyper_parameters": {"s": Settings(), "p": Path("c")}}, tmp_path / "a.ckpt")
-    expected = {"s": {"folder": "a/b", "inner": [{"lr": 0.1, "betas": (0.9, 0.999)}]}, "p": "c"}
-    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"] == expected
-
-
-class Code:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = str(mark)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.mark,)
-
-
-@pytest.mark.parametrize("what", ["empty", "garbage", "text", "cut", "code", "folder", "missing", "weights"])
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path, what) -> None:
-    path, mark = tmp_path / "bad.ckpt", tmp_path / "code ran"
-    torch.save({"x": torch.ones(1000)}, path)
-    whole = path.read_bytes()
-    content = {"empty": b"", "garbage": random.Random(0).randbytes(5000), "text": b"<html>", "cut": whole[:2000]}
-    if what in content:
-        path.write_bytes(content[what])
-    elif what == "code":
-        torch.save({"state_dict": {}, "x": Code(mark)}, path)
-    elif what != "weights":
-        path.unlink()
-    if what == "folder":
-        path.mkdir()
-    with pytest.raises(UserError, match=r"^ckpt_path: .*bad\.ckpt: (not a|no such) checkpoint") as error:
-        AtomicCheckpointIO().load_checkpoint(path)
-    assert not mark.exists() and "\n" not in str(error.value)
-
-
-# -------------------------------------------------------------------------------------------------------- resume guard
-
-
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
-    saving = SaveAfter(2, tmp_path / "guarded.ckpt")
-    trainer(tmp_path, ResumeGuard(), saving, max_steps=4).fit(Net(optim=Optim()), Data())
-    return tmp_path / "guarded.ckpt"
-
-
-def test_resume_guard_names_every_changed_setting(checkpoint, tmp_path) -> None:
-    net, data = Net(width=5, optim=Optim(lr=0.2, betas=(0.8, 0.999))), Data(batch_size=4, path=Path("there"))
-    with pytest.raises(UserError) as refused:
-        trainer(tmp_path, ResumeGuard(), max_steps=6, precision="bf16-true").fit(net, data, ckpt_path=checkpoint)
-    message = str(refused.value)
-    for line in (
-        "model.width: 2 then, 5 now",
-        "model.optim.lr: 0.1 then, 0.2 now",
-        "model.optim.betas: [0.9, 0.999] then, [0.8, 0.999] now",
-        "data.batch_size: 2 then, 4 now",
-        "data.path: 'here' then, 'there' now",
-        "trainer.max_steps: 4 then, 6 now",
-        "trainer.precision: '32-true' then, 'bf16-true' now",
-    ):
-        assert f"  {line}\n" in message
-    assert message.count(" then, ") == 7, "nothing else has changed"
-
-
-def test_resume_guard_lets_the_same_and_the_harmless_pass(checkpoint, tmp_path) -> None:
-    net = Net(optim=Optim(), chunk=7)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="resuming with another")
-        trainer(tmp_path, ResumeGuard(), max_steps=4).fit(net, Data(num_workers=3), ckpt_path=checkpoint)
-    assert len(net.seen) == 2
-
-
-@pytest.mark.parametrize("allow", [["trainer.max_steps", "data.path"], "all"])
-def test_resume_guard_warns_of_what_it_was_told_to_allow(checkpoint, tmp_path, allow) -> None:
-    net, data = Net(optim=Optim()), Data(path=Path("there"))
-    with pytest.warns(UserWarning) as warned:
-        trainer(tmp_path, ResumeGuard(allow), max_steps=3).fit(net, data, ckpt_path=checkpoint)
-    lines = {str(w.message) for w in warned if "resuming with another" in str(w.message)}
-    assert lines == {
-        "resuming with another data.path: 'here' then, 'there' now",
-        "resuming with another trainer.max_steps: 4 then, 3 now",
-    }
-    assert len(net.seen) == 1
-    with pytest.raises(UserError, match=r"data\.path: 'here' then"):
-        trainer(tmp_path, ResumeGuard(["trainer.max_steps"]), max_steps=3).fit(
-            Net(optim=Optim()), data, ckpt_path=checkpoint
-        )
-
-
-def test_resume_guard_sees_another_class_and_does_not_look_outside_fit(checkpoint, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"model\.class: 'tests\.test_callbacks\.Net' then, .*Other"):
-        trainer(tmp_path, ResumeGuard(), max_steps=4).fit(Other(optim=Optim()), Data(), ckpt_path=checkpoint)
-    run = trainer(tmp_path, ResumeGuard())
-    run.validate(Other(optim=Optim()), DataLoader(torch.ones(2, 3)), ckpt_path=checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------ files of predictions

@@ -29,7 +29,7 @@ def test_there_are_the_configs_that_the_readme_names() -> None:
         == RUNS
     )
     guidance = ["double_guidance", "double_guidance_impacts"]
-    assert ["base", "cluster", *guidance, "laptop", "rn50", "story_features", "videos"] == LAYERS
+    assert ["base", "cluster", "cluster_cpu", *guidance, "fsdp", "laptop", "rn50", "story_features", "videos"] == LAYERS
 
 
 @pytest.mark.parametrize("name", RUNS)

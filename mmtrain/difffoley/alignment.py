@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmtrain import distributed
 from mmtrain.checkpoint import plain, settings
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.checkpoints import (
@@ -161,9 +162,9 @@ class AlignmentClassifier(pl.LightningModule):
             latent = self.first_stage.encode(batch["mel"], sample=True)
         t = noise = None
         if self.noisy:
-            u = torch.rand(len(latent), device=latent.device) ** self.time_power
+            u = distributed.uniform(len(latent), latent.device) ** self.time_power
             t = (self.schedule.train_steps * u).long().clamp(max=self.schedule.train_steps - 1)
-            noise = torch.randn_like(latent)
+            noise = distributed.normal_like(latent)
         logits = self.logits(latent, batch["features"], t, noise)
         loss = F.binary_cross_entropy_with_logits(logits, batch["match"].to(logits.dtype))
         self.log("train/loss", loss.detach(), prog_bar=True)

@@ -13,10 +13,10 @@ from mmtrain.checkpoint import plain, settings, training_record
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.checkpoints import CLASS, check_class, class_path
 from mmtrain.difffoley.clip_retrieval import KS, ClipRetrieval
-from mmtrain.difffoley.cnn14 import Cnn14
+from mmtrain.difffoley.cnn14 import Cnn14, ConvBlock
 from mmtrain.difffoley.losses import cavp_loss
 from mmtrain.difffoley.pretrained_cavp import load_cavp_weights, load_kinetics, load_panns
-from mmtrain.difffoley.slowonly import SlowOnly
+from mmtrain.difffoley.slowonly import Bottleneck, SlowOnly
 from mmtrain.optim import AdamWSettings
 from mmtrain.recompute import recomputed
 from mmtrain.video_audio import ClipFormat, check_same
@@ -201,7 +201,7 @@ class Cavp(pl.LightningModule):
             frames, mel = frames.flatten(0, 1), mel.flatten(0, 1)
         video, audio = encode_clips(self.network, frames, mel, self.micro_batch)
         with torch.autocast(self.device.type, enabled=False):  # coarse logits would make ties
-            scale = self.network.logit_scale.exp()
+            scale = self.network.logit_scale.reshape(()).exp()  # sharded, it is a vector of one number
             loss, parts = cavp_loss(video.float(), audio.float(), scale, clips, self.intra_weight)
         # each process's loss is of its own rows; their mean is the loss over all
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
@@ -216,6 +216,15 @@ class Cavp(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return self.optim.configure(self)
+
+    def blocks(self) -> list[nn.Module]:
+        """What is sharded and compiled one by one, see `mmtrain.parallel`.
+
+        Not the spectrograms' first block: sharding passes inputs on as views, and with a single channel those do not
+        look channels-last any more, so that convolutions and the draws of dropout would be others.
+        """
+        parts = self.network.modules()
+        return [m for m in parts if isinstance(m, Bottleneck) or (isinstance(m, ConvBlock) and m.conv1.in_channels > 1)]
 
     def on_validation_epoch_start(self) -> None:
         self._begin()

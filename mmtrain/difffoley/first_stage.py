@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmtrain import distributed
 from mmtrain.config_errors import UserError
 from mmtrain.difffoley.layouts import State, autoencoder_names, from_released, modern_names
 from mmtrain.weight_files import check_fits, folder_weights, read_weights
@@ -108,15 +109,16 @@ class FirstStage(nn.Module):
         """Mel [B, C, F] of what the autoencoder gives: the first channel, or the pixels of its patches."""
         return functional.pixel_shuffle(picture, self.patch)[:, 0]
 
-    def encode(self, mel: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, mel: Tensor, sample: bool = True) -> Tensor:
         """Scaled latent [B, 4, C / 8, F / 8] of mel [B, C, F].
 
         Args:
             sample: draw from the posterior, as the release does everywhere; False takes its mean.
-            generator: of the drawing.
         """
         posterior = self.autoencoder.encode(self.picture(mel)).latent_dist
-        return self.scale_factor * (posterior.sample(generator) if sample else posterior.mode())
+        if not sample:
+            return self.scale_factor * posterior.mode()
+        return self.scale_factor * (posterior.mean + posterior.std * distributed.normal_like(posterior.mean))
 
     def decode(self, z: Tensor) -> Tensor:
         """Mel [B, C, F] of scaled latents; not clamped."""

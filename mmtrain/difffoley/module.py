@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from mmtrain import distributed
 from mmtrain.audio import check_rate, preset
 from mmtrain.checkpoint import plain, settings
 from mmtrain.config_errors import UserError
@@ -40,6 +41,7 @@ from mmtrain.difffoley.testing import SoundTest
 from mmtrain.ema import ema_weights
 from mmtrain.noise_schedule import NoiseSchedule, Objective, check_objective
 from mmtrain.optim import AdamWSettings
+from mmtrain.parallel import unet_blocks
 from mmtrain.seeding import clip_noise, spread_times
 from mmtrain.video_audio import ClipFormat
 from mmtrain.weight_files import naming
@@ -164,10 +166,10 @@ class LatentDiffusion(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         with torch.no_grad():
             latent = self.first_stage.encode(batch["mel"], sample=True)
-        dropped = torch.rand(len(latent), device=latent.device) < self.condition_dropout
+        dropped = distributed.uniform(len(latent), latent.device) < self.condition_dropout
         t = self.schedule.draw_times(len(latent), self.objective, latent.device)
         context = self.context(batch["features"], dropped if self.condition_dropout else None)
-        loss = self.denoising_loss(latent, context, torch.randn_like(latent), t).mean()
+        loss = self.denoising_loss(latent, context, distributed.normal_like(latent), t).mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -262,6 +264,10 @@ class LatentDiffusion(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return self.optim.configure(self)
+
+    def blocks(self) -> list[nn.Module]:
+        """What is sharded and compiled one by one, see `mmtrain.parallel`."""
+        return unet_blocks(self.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CLASS] = class_path(type(self))

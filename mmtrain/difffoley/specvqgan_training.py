@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import pad
 
+from mmtrain import distributed
 from mmtrain.audio import clip_spectrogram, preset, resample
 from mmtrain.audio_inversion import invert
 from mmtrain.checkpoint import plain, settings, training_record
@@ -289,7 +290,7 @@ class SpecVqganTransformer(pl.LightningModule):
         if self.condition == "features":
             return features
         if self.training or "id" not in batch:
-            return torch.randn_like(features)
+            return distributed.normal_like(features)
         return clip_noise(batch["id"], features.shape[1:], device=features.device)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from mmtrain.optim import AdamWSettings
 from mmtrain.rankclip.evaluate import ImageTextEvaluation, feature_rows, probe_average
 from mmtrain.rankclip.gallery import PAIRS_SHOWN, draw
 from mmtrain.rankclip.losses import RowObjective, clip_objective, rankclip_objective, ranking_ramp, row_chunked_loss
-from mmtrain.rankclip.networks import backbone_name, build_clip, encode
+from mmtrain.rankclip.networks import BLOCKS, backbone_name, build_clip, encode
 from mmtrain.rankclip.pretrained import load_pretrained
 
 
@@ -130,8 +130,9 @@ class ImageTextModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         features = encode(self.network, batch["image"], self.texts(batch), self.micro_batch)
         settings = self.loss_settings
+        scale = self.network.logit_scale.reshape(())  # sharded, it is a vector of one number
         loss, parts = row_chunked_loss(
-            self.objective(features), features, self.network.logit_scale, settings.chunk, settings.gradient_scale
+            self.objective(features), features, scale, settings.chunk, settings.gradient_scale
         )
         self.log("train/loss", parts.pop("loss"), prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in self.readable(parts).items()})
@@ -149,6 +150,10 @@ class ImageTextModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return self.optim.configure(self)
+
+    def blocks(self) -> list[nn.Module]:
+        """What is sharded and compiled one by one, see `mmtrain.parallel`."""
+        return [module for module in self.network.modules() if isinstance(module, BLOCKS)]
 
     # Evaluation: one ImageTextEvaluation for each set of the data module; `test` also fits probes, which have a second
     # loader named SET/train, and keeps features on disk.

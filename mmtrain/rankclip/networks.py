@@ -7,10 +7,14 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import Bottleneck
+from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 
 from mmtrain.config_errors import UserError, nearest
 from mmtrain.recompute import recomputed
+
+BLOCKS = (ResidualAttentionBlock, Bottleneck)  # the repeated parts of both towers
 
 
 def build_clip(architecture: str) -> open_clip.CLIP:
@@ -94,7 +98,7 @@ def project_images(network: open_clip.CLIP, pictures: Tensor) -> Tensor:
         raise UserError(
             f"pictures are {got}, the architecture takes {size[0]}x{size[1]}: set data.init_args.pictures.size"
         )
-    return network.encode_image(normalise_pictures(pictures))
+    return network.encode_image(normalise_pictures(pictures).to(network.logit_scale.dtype))
 
 
 def encode_texts(network: open_clip.CLIP, tokens: Tensor) -> Tensor:

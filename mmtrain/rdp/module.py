@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmtrain import distributed
 from mmtrain.checkpoint import flatten, plain, settings, training_record
 from mmtrain.config_errors import UserError
 from mmtrain.diffusion import noised, sample, timesteps
@@ -125,9 +126,10 @@ class PolicyModule(pl.LightningModule):
     def noise_loss(self, batch: dict[str, Any], noise: Tensor | None = None, steps: Tensor | None = None) -> Tensor:
         """Mean squared error of the predicted noise; noise and diffusion steps are drawn unless given."""
         target = self.target(batch)
-        noise = torch.randn_like(target) if noise is None else noise
+        noise = distributed.normal_like(target) if noise is None else noise
         if steps is None:
-            steps = torch.randint(TRAIN_STEPS, (len(target),), device=target.device)
+            draw = lambda rows: torch.randint(TRAIN_STEPS, (rows,), device=target.device)  # noqa: E731
+            steps = distributed.rows_of_all(draw, len(target))
         predicted = self.model(noised(target, noise, steps), steps, self.condition(batch["observation"]))
         return denoising_loss(predicted, noise)
 
@@ -182,6 +184,10 @@ class PolicyModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return self.optim.configure(self)
+
+    def blocks(self) -> list[nn.Module]:
+        """What is sharded and compiled one by one, see `mmtrain.parallel`."""
+        return self.model.blocks()
 
     @property
     def backbone(self) -> str:
@@ -290,10 +296,11 @@ class LatentDiffusionPolicy(PolicyModule):
     def _training_latents(self) -> np.ndarray:
         """Latents [windows * steps, channels] of all training windows."""
         devices = [self.device] if self.device.type == "cuda" else []
+        convert = self.trainer.precision_plugin.convert_input
         with torch.random.fork_rng(devices):  # a resumed run does not come here, and must draw the same numbers
             torch.manual_seed(0)
             latents = [
-                self._latent(move_data_to_device(batch, self.device)).flatten(0, 1).cpu()
+                self._latent(convert(move_data_to_device(batch, self.device))).flatten(0, 1).cpu()
                 for batch in self.trainer.datamodule.training_windows()
             ]
         return torch.cat(latents).numpy()

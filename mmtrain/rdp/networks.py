@@ -309,7 +309,10 @@ class ConditionalUnet1D(nn.Module):
 
     def modulations(self, timestep: Tensor, global_cond: Tensor) -> list[Tensor]:
         """Scale and shift of every FiLM block, [N, 2 * channels, 1, 1] each, for steps [N] and conditions [N, G]."""
-        embedded = self.diffusion_step_encoder(timestep)
+        waves, *layers = self.diffusion_step_encoder
+        embedded = waves(timestep).to(global_cond.dtype)
+        for layer in layers:
+            embedded = layer(embedded)
         activated = F.mish(torch.cat([embedded, global_cond], dim=-1))
         return [block.modulation(activated) for block in self._film_blocks]
 
@@ -330,6 +333,10 @@ class ConditionalUnet1D(nn.Module):
             hidden = torch.cat([hidden, skips.pop()], dim=1)
             hidden = upsample(second(first(hidden, next(films)), next(films)))
         return self.final_conv(hidden).squeeze(2).transpose(1, 2)
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts, each of which is used by calling it; that of the modulations runs before its block."""
+        return [part for block in self._film_blocks for part in (block.cond_encoder[1], block)]
 
     def arrange_for_cpu_inference(self) -> None:
         """Store the kernels channels-last, which spares reordering them at every call; names and values stay.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.transforms.v2.functional import center_crop
 
+from mmtrain import distributed
 from mmtrain.config_errors import UserError
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,12 +122,13 @@ def normalise_pictures(pictures: Tensor, image_norm: str, tactile: bool) -> Tens
 
 def random_crop(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     """A part [N, C, *size] of each picture [N, C, H, W], elsewhere in each."""
-    count = len(pictures)
+    count, device = len(pictures), pictures.device
     rows, columns = (
-        torch.randint(full - kept + 1, (count, 1), device=pictures.device) + torch.arange(kept, device=pictures.device)
+        distributed.rows_of_all(lambda n, most=full - kept: torch.randint(most + 1, (n, 1), device=device), count)
+        + torch.arange(kept, device=device)
         for full, kept in zip(pictures.shape[-2:], size, strict=True)
     )
-    number = torch.arange(count, device=pictures.device)[:, None, None]
+    number = torch.arange(count, device=device)[:, None, None]
     return pictures[number, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 

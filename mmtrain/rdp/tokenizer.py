@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from mmtrain import distributed
 from mmtrain.checkpoint import plain, settings, training_record
 from mmtrain.normaliser import Normaliser
 from mmtrain.optim import AdamWSettings
@@ -105,7 +106,7 @@ class Tokenizer(pl.LightningModule):
         if self.settings.quantizer == "vq":
             return self.network.quantize(moments)[0]
         mean, logvar = self.network.moments(moments)
-        return mean if target == "mean" else mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        return mean if target == "mean" else mean + (0.5 * logvar).exp() * distributed.normal_like(mean)
 
     def losses(self, batch: dict[str, Any], sampled: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss, its parts, and the decoded normalised actions; `sampled` draws the latent, as training does."""
@@ -117,7 +118,7 @@ class Tokenizer(pl.LightningModule):
             loss = (decoded - action).abs().mean()
             return loss + 5.0 * vq_loss, {"l1": loss.detach(), "vq": vq_loss.detach()}, decoded  # weight: released code
         mean, logvar = self.network.moments(moments)
-        latent = mean + (0.5 * logvar).exp() * torch.randn_like(mean) if sampled else mean
+        latent = mean + (0.5 * logvar).exp() * distributed.normal_like(mean) if sampled else mean
         decoded = self.network.decode(self.network.condition(latent), touch)
         loss, parts = tokenizer_loss(decoded, action, mean, logvar, self.kl_weight)
         return loss, parts, decoded

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from mmtrain import distributed
 from mmtrain.checkpoint import plain, settings, training_record
 from mmtrain.config_errors import UserError
 from mmtrain.ema import TrainableEma
@@ -143,9 +144,9 @@ class TextToPicture(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         latents = self.latents(batch["picture"])
-        dropped = torch.rand(len(latents), device=latents.device) < self.caption_dropout
+        dropped = distributed.uniform(len(latents), latents.device) < self.caption_dropout
         t = self.schedule.draw_times(len(latents), "v", latents.device)
-        loss = self.errors(latents, self.context(batch["frames"], dropped), torch.randn_like(latents), t).mean()
+        loss = self.errors(latents, self.context(batch["frames"], dropped), distributed.normal_like(latents), t).mean()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
         return loss
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from mmtrain import distributed
 from mmtrain.checkpoint import plain, settings, training_record
 from mmtrain.config_errors import UserError
 from mmtrain.metrics.characters import CharacterF1, FrameAccuracy
@@ -187,7 +188,8 @@ class CharacterClassifier(pl.LightningModule):
             )
         shared = None
         if self.kept is not None:
-            shared = self.kept.of(self.backbones[0], picture, torch.randint(self.kept.views, (len(picture),)))
+            views = distributed.rows_of_all(lambda rows: torch.randint(self.kept.views, (rows,)), len(picture))
+            shared = self.kept.of(self.backbones[0], picture, views)
         elif self.frozen_backbone:
             shared = self.backbones[0](picture)[0]
         losses = []

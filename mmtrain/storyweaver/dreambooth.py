@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from mmtrain import distributed
 from mmtrain.checkpoint import settings
 from mmtrain.config_errors import UserError, nearest
 from mmtrain.story import Frame
@@ -50,6 +51,7 @@ class DreamBooth(StoryDiffusion):
     """
 
     rates: ClassVar[dict[str, float]] = {"lora": 1e-4, "full": 5e-6}
+    blocks = None  # a step trains one character's weights, and sharding needs the same ones on all processes
 
     def __init__(
         self,
@@ -165,11 +167,11 @@ class DreamBooth(StoryDiffusion):
             loss = self.training_errors(frames, latents, network).mean()
         else:
             class_name = self.world.characters[name].coarse_class
-            frames += [self.class_pictures.frame(class_name)] * len(frames)
-            errors = self.training_errors(
-                frames, torch.cat([latents, self._class_latents(class_name, len(latents))]), network
-            )
-            loss, instance, prior = prior_preserving_loss(errors, self.prior.weight)
+            pairs = [both for frame in frames for both in (frame, self.class_pictures.frame(class_name))]
+            both = torch.stack([latents, self._class_latents(class_name, len(latents))], 1)
+            # in pairs, so that a process's part of the batch is a part of one process's batch
+            errors = self.training_errors(pairs, both.flatten(0, 1), network).view(-1, 2)
+            loss, instance, prior = prior_preserving_loss(errors.T.flatten(), self.prior.weight)
             self.log_dict({"train/instance": instance.detach(), "train/prior": prior.detach()}, batch_size=len(latents))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
         return loss
@@ -177,7 +179,7 @@ class DreamBooth(StoryDiffusion):
     def _class_latents(self, name: str, count: int) -> Tensor:
         """Latents [count, C, h, w] of pictures of a class, chosen at random."""
         pictures = self.class_pictures
-        chosen = torch.randint(self.prior.per_class, (count,)).tolist()
+        chosen = distributed.rows_of_all(lambda n: torch.randint(self.prior.per_class, (n,)), count).tolist()
         ids = [pictures.number(name, index) for index in chosen]
         return self.class_latents.sample(ids, lambda rows: pictures.read(name, [chosen[row] for row in rows]))
 

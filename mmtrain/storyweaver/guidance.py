@@ -22,6 +22,7 @@ from torch.nn.functional import cosine_similarity
 
 from mmtrain.attention import FORMS, HEADS, AttentionBias, Form, Heads, grid_table
 from mmtrain.config_errors import UserError
+from mmtrain.distributed import count_a_process
 from mmtrain.storyweaver.networks import KnowledgeEncoder
 from mmtrain.storyweaver.spans import SPAN_RULES, SpanRule, usage
 
@@ -172,11 +173,11 @@ def regulariser_offsets(offset: Tensor, spread: Tensor, weight: Tensor | None = 
         weight: [...], 1 where there is a character, 0 where not; None is 1 everywhere.
 
     Returns:
-        Scalar.
+        Scalar; on several processes such that their average is that of all characters.
     """
     weight = offset.new_ones(offset.shape[:-1]) if weight is None else weight.to(offset.dtype)
     size = (OFFSET_WEIGHT * offset.abs() + COVARIANCE_WEIGHT * spread.abs()).mean(-1)
-    return (size * weight).sum() / weight.sum().clamp(min=1)
+    return (size * weight).sum() / count_a_process(weight.sum())
 
 
 def regulariser_difference(maps: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -192,6 +193,7 @@ def regulariser_difference(maps: Tensor, weight: Tensor | None = None) -> Tensor
         Scalar, zero if there are no two characters.
     """
     if maps.shape[-3] < 2:
+        count_a_process(maps.new_zeros(()))  # for the other processes, which may have two
         return maps.new_zeros(())
     weight = maps.new_ones(maps.shape[:-2]) if weight is None else weight.to(maps.dtype)
     number = torch.arange(maps.shape[-3], device=maps.device)
@@ -200,7 +202,7 @@ def regulariser_difference(maps: Tensor, weight: Tensor | None = None) -> Tensor
     maps = maps.masked_fill((maps == last).all(-1, keepdim=True) & ~is_last, 0.0)
     cosine = cosine_similarity(maps[..., :1, :, :], maps[..., 1:, :, :], dim=-1).mean(-1)
     pairs = weight[..., 1:]
-    return DIFFERENCE_WEIGHT * (cosine * pairs).sum() / pairs.sum().clamp(min=1)
+    return DIFFERENCE_WEIGHT * (cosine * pairs).sum() / count_a_process(pairs.sum())
 
 
 @dataclass

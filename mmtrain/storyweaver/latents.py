@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtrain import distributed
+
 Moments = tuple[Tensor, Tensor]
 
 
@@ -56,4 +58,4 @@ class LatentCache:
     def sample(self, ids: Sequence[int], read: Callable[[list[int]], Tensor]) -> Tensor:
         """Scaled latents [B, C, h, w] drawn from the posteriors, as the released training does each step."""
         mean, std = self.moments(ids, read)
-        return (mean + std * torch.randn_like(mean)) * self.vae.config.scaling_factor
+        return (mean + std * distributed.normal_like(mean)) * self.vae.config.scaling_factor

@@ -30,6 +30,8 @@ class LoraPerCharacter(StoryDiffusion):
         method: the row's name in tables.
     """
 
+    blocks = None  # a step trains one character's weights, and sharding needs the same ones on all processes
+
     def __init__(
         self,
         pipeline: str = "",

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmtrain import distributed
 from mmtrain.config_errors import UserError
 from mmtrain.noise_schedule import NoiseSchedule, Objective
 
@@ -51,7 +52,7 @@ def with_offset(noise: Tensor, offset: float) -> Tensor:
     """
     if not offset:
         return noise
-    return noise + offset * torch.randn(*noise.shape[:2], 1, 1, device=noise.device, dtype=noise.dtype)
+    return noise + offset * distributed.normal_like(noise[..., :1, :1])
 
 
 def prior_preserving_loss(errors: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,11 +14,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from mmtrain import distributed
 from mmtrain.attention import install
 from mmtrain.checkpoint import plain, settings
 from mmtrain.metrics.similarity import ImageFeatures, ImageTextFeatures
 from mmtrain.noise_schedule import NoiseSchedule
 from mmtrain.optim import AdamWSettings
+from mmtrain.parallel import unet_blocks
 from mmtrain.samplers import Progress
 from mmtrain.seeding import clip_noise, spread_times
 from mmtrain.story import Frame, World
@@ -269,9 +271,9 @@ class StoryDiffusion(pl.LightningModule):
     def training_errors(self, frames: Sequence[Frame], latents: Tensor, network: Network | None = None) -> Tensor:
         """Errors [B] at fresh noise and times, with captions dropped and weighted as the settings say."""
         objective = self.components.objective
-        noise = with_offset(torch.randn_like(latents), self.noise_offset)
+        noise = with_offset(distributed.normal_like(latents), self.noise_offset)
         t = self.schedule.draw_times(len(latents), objective, latents.device)
-        dropped = torch.rand(len(latents)) < self.caption_dropout
+        dropped = distributed.uniform(len(latents)) < self.caption_dropout
         errors = self.errors(frames, latents, noise, t, dropped if self.caption_dropout else None, network=network)
         if self.snr_gamma is None:
             return errors
@@ -358,6 +360,10 @@ class StoryDiffusion(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return self.optim.configure(self)
+
+    def blocks(self) -> list[nn.Module]:
+        """What is sharded and compiled one by one, see `mmtrain.parallel`."""
+        return unet_blocks(self.unet)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])

@@ -77,12 +77,13 @@ def test_the_loss_is_that_of_instances_plus_that_of_their_class(pipeline, world,
 
     torch.manual_seed(3)
     latents, own = module.training_latents(batch), data.world.characters[name].coarse_class
-    both = torch.cat([latents, module._class_latents(own, 2)])
-    noise, t = torch.randn_like(both), module.schedule.draw_times(4, "eps")
+    of_class = module._class_latents(own, 2)
+    # drawn for pairs of a picture and one of its class
+    noise, t = torch.randn(4, *latents.shape[1:]), module.schedule.draw_times(4, "eps")
     with torch.no_grad():
-        instance = module.errors(frames, both[:2], noise[:2], t[:2], network=(name,))
+        instance = module.errors(frames, latents, noise[::2], t[::2], network=(name,))
         prompt = [Frame(f"a photo of a {own}", (), "", "")] * 2
-        prior = module.errors(prompt, both[2:], noise[2:], t[2:], network=(name,))
+        prior = module.errors(prompt, of_class, noise[1::2], t[1::2], network=(name,))
     assert logged["train/instance"] == pytest.approx(float(instance.mean()), rel=1e-5)
     assert logged["train/prior"] == pytest.approx(float(prior.mean()), rel=1e-5)
     expected = prior_preserving_loss(torch.cat([instance, prior]), 0.5)[0]
