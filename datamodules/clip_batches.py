@@ -9,7 +9,7 @@ import torch
 
 from datamodules.clip_reader import ClipReader
 from datamodules.loading import Draw
-from datamodules.sources import UnusableSample
+from datamodules.sources import UnusableSample, substitute
 from datamodules.video_audio_windows import (
     Part,
     contrast_starts,
@@ -22,7 +22,7 @@ from mmtrain.audio import preset
 from mmtrain.config_errors import UserError
 from mmtrain.video_audio import Clip, ClipFormat
 
-SUBSTITUTES = 64  # neighbours tried in place of a training clip that cannot be used
+SUBSTITUTES = 64  # others tried in place of a training clip that cannot be used
 TRUE, SHIFTED, WRONG = 0, 1, 2  # kinds of pairs
 PARTNER_SEED = 0  # of the clips that stand for another one in evaluation: the same for all stages and runs
 EVALUATED_KINDS = (TRUE, TRUE, SHIFTED, WRONG)  # every clip is evaluated as each of them
@@ -62,18 +62,21 @@ class ClipBatches(torch.utils.data.Dataset):
         return draw.sample if self.training else draw.sample // self.items_per_clip
 
     def _load(self, draw: Draw, clip: Clip | UnusableSample, skipped: Counter) -> dict[str, Any] | None:
-        for step in range(SUBSTITUTES + 1):
-            if step:
-                (clip,) = self.reader.read([(self._clip_of(draw) + step) % len(self.reader)])
+        number, starts = self._clip_of(draw), self.reader.source.shard_starts
+        for _ in range(SUBSTITUTES + 1):
             try:
                 if isinstance(clip, UnusableSample):
                     raise clip
                 return self.item(draw, clip)
-            except UnusableSample as problem:
-                skipped[problem.reason] += 1
+            except UnusableSample as error:
+                problem = error
+            skipped[problem.reason] += 1
             if not self.training:
                 return None
-        raise UserError(f"{self.reader.source.place}: {SUBSTITUTES + 1} clips in a row cannot be used: {dict(skipped)}")
+            number = substitute(number, problem.reason, starts, len(self.reader))
+            (clip,) = self.reader.read([number])
+        place, last = self.reader.source.place, f"; the last: {problem.detail}" if problem.detail else ""
+        raise UserError(f"{place}: {SUBSTITUTES + 1} clips in a row cannot be used: {dict(skipped)}{last}")
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

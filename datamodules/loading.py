@@ -1,6 +1,10 @@
 """Loaders whose order is a pure function of (seed, epoch, position), whatever the number of processes and workers."""
 
 import hashlib
+import os
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -88,8 +92,8 @@ class TrainBatches(Sampler):
         for batch in range(self.position, len(self)):
             start = batch * self.batch_size + self.rank * self.local
             yield [
-                Draw(int(sample), self.seed, self.epoch, start + i)
-                for i, sample in enumerate(order[start : start + self.local])
+                Draw(sample, self.seed, self.epoch, start + i)
+                for i, sample in enumerate(order[start : start + self.local].tolist())
             ]
 
     def set_epoch(self, epoch: int) -> None:
@@ -104,6 +108,10 @@ class TrainLoader:
     The global batch is a run of `batch_size` places of the epoch's order; process r of n takes its r-th part, so that
     the samples of a step do not depend on n. What is left at the end of an epoch is dropped (another part each time).
     `state_dict` counts batches handed out, so a loader that resumes reads nothing twice, with any number of workers.
+
+    Attributes:
+        counts: samples read, and lost ones by reason.
+        waited: seconds in which whoever takes the batches had to wait for them.
 
     Args:
         batch_size: GLOBAL batch size; must be divisible by the number of processes.
@@ -135,7 +143,7 @@ class TrainLoader:
             )
         if batch_size > places:
             raise UserError(f"batch_size: the global batch of {batch_size} is larger than the {places} samples found")
-        self.max_lost, self.counts = max_lost, Counter[str]()
+        self.max_lost, self.counts, self.waited = max_lost, Counter[str](), 0.0
         if order is None:
             order = lambda epoch: epoch_order(places, seed, epoch, shard_starts, shuffle_shards)  # noqa: E731
         self.sampler = TrainBatches(order, places, batch_size, seed, rank, world_size)
@@ -144,11 +152,24 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.sampler)
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of a batch of all processes together."""
+        return self.sampler.batch_size
+
+    @property
+    def num_workers(self) -> int:
+        """Loader processes; 0: batches are made in this one, when they are asked for."""
+        return self._loader.num_workers
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._loader:
+        begun = time.perf_counter()
+        for batch in _told_plainly(self._loader):
+            self.waited += time.perf_counter() - begun
             self.sampler.position += 1
             self._count(batch.pop("skipped"))
             yield batch
+            begun = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Place in the order: the same on all processes. The counters differ; `DataCounters` keeps them."""
@@ -235,7 +256,7 @@ class EvaluationLoader:
             loader = self._open(self._batches[self.skip :])
         else:
             loader = self._loader = self._loader or self._open(self._batches)  # its workers stay for the next time
-        for batch in loader:
+        for batch in _told_plainly(loader):
             self.counts.update(batch.pop("skipped"))
             yield batch
 
@@ -248,6 +269,17 @@ def place(trainer: pl.Trainer | None) -> dict[str, Any]:
     return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": on_gpu}
 
 
+def _told_plainly(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """Its batches; a user's mistake that a loader process met without the traceback that torch puts around it."""
+    try:
+        yield from loader
+    except UserError as error:
+        where, _, told = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
+        if not where.startswith("Caught "):
+            raise
+        raise UserError(told.strip()) from error
+
+
 def _dataloader(dataset: Dataset, batches: Any, num_workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
         dataset,
@@ -256,6 +288,27 @@ def _dataloader(dataset: Dataset, batches: Any, num_workers: int, pin_memory: bo
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=heed_the_trainer_only if num_workers else None,
         # DataLoader draws a base seed each epoch; from a generator of its own, so that the model's stays untouched.
         generator=torch.Generator(),
     )
+
+
+def heed_the_trainer_only(_: int = 0) -> None:
+    """Let a loader process leave when its trainer says so, and not before.
+
+    Slurm sends the signals that announce the end of a job to all its processes, and a loader process that died of one
+    would fail the training step in which the trainer is about to save.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # no Slurm there
+    told, trainer = {signal.SIGTERM, signal.SIGUSR1}, os.getppid()
+
+    def wait() -> None:
+        while True:
+            info = signal.sigwaitinfo(told)
+            if info.si_signo == signal.SIGTERM and (info.si_pid == trainer or os.getppid() != trainer):
+                os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, told)  # the thread inherits it, and only waiting lets them through
+    threading.Thread(target=wait, daemon=True).start()

@@ -4,10 +4,10 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import fsspec
 import numpy as np
 
 from datamodules.paths import is_remote
+from datamodules.stores import read_ranges
 from datamodules.tar_index import ShardIndex
 
 OPEN_FILES = 128  # kept open for each process; CC12M has 1,242 shards, the usual limit is 1,024
@@ -35,8 +35,16 @@ class ShardReader:
         """Bytes of every field of the samples; fields that a sample lacks are left out.
 
         Raises:
-            OSError: a shard is gone, ends before the place in the index, or does not answer.
+            OSError: a shard is gone, or ends before the place in the index.
+            UserError: an object store does not answer.
         """
+        contents = self.read_each(samples)
+        if failed := next((content for content in contents if isinstance(content, OSError)), None):
+            raise failed
+        return contents
+
+    def read_each(self, samples: Sequence[int]) -> list[dict[str, bytes] | OSError]:
+        """The same, with the error in the place of each sample that cannot be read."""
         urls = [self.index.shards[s].url for s in self.index.shard_of(np.asarray(samples))]
         wanted = [
             (row, name, int(offsets[sample]), int(sizes[sample]))
@@ -44,18 +52,28 @@ class ShardReader:
             for name, (offsets, sizes) in self.places.items()
             if sizes[sample] >= 0
         ]
-        contents = {w[:2]: self._read_local(urls[w[0]], *w[2:]) for w in wanted if not is_remote(urls[w[0]])}
+        blocks = {w[:2]: self._read_local(urls[w[0]], *w[2:]) for w in wanted if not is_remote(urls[w[0]])}
         remote = [w for w in wanted if is_remote(urls[w[0]])]
         for protocol in {urls[row].partition("://")[0] for row, *_ in remote}:
             asked = [w for w in remote if urls[w[0]].startswith(f"{protocol}://")]
-            blocks = _read_remote([(urls[row], offset, size) for row, _, offset, size in asked])
-            contents |= {w[:2]: block for w, block in zip(asked, blocks, strict=True)}
-        return [
-            {name: contents[row, name] for name in self.places if (row, name) in contents} for row in range(len(urls))
-        ]
+            found = read_ranges([(urls[row], offset, size) for row, _, offset, size in asked])
+            blocks |= {w[:2]: _whole(block, w[3], urls[w[0]]) for w, block in zip(asked, found, strict=True)}
+        contents: list[dict[str, bytes] | OSError] = [{} for _ in urls]
+        for (row, name), block in blocks.items():
+            if isinstance(block, OSError):
+                contents[row] = block
+            elif isinstance(contents[row], dict):
+                contents[row][name] = block
+        return contents
 
-    def _read_local(self, url: str, offset: int, size: int) -> bytes:
-        return _whole(os.pread(self._file(url), size, offset), size, url)
+    def _read_local(self, url: str, offset: int, size: int) -> bytes | OSError:
+        try:
+            block = _whole(os.pread(self._file(url), size, offset), size, url)
+        except OSError as error:
+            block = error
+        if isinstance(block, OSError) and url in self._files:  # a file that was restored is another one: open it anew
+            os.close(self._files.pop(url))
+        return block
 
     def _file(self, url: str) -> int:
         if self._owner != os.getpid():  # a forked worker must not share the parent's files
@@ -71,19 +89,7 @@ class ShardReader:
         return self.__dict__ | {"_files": OrderedDict(), "_owner": -1}
 
 
-def _read_remote(places: list[tuple[str, int, int]]) -> list[bytes]:
-    """Blocks (url, offset, size) of one object store, all at once: many small requests take the time of one."""
-    urls, starts, sizes = zip(*places, strict=True)
-    fs, _ = fsspec.core.url_to_fs(urls[0])
-    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-    try:
-        blocks = fs.cat_ranges(list(urls), list(starts), ends, on_error="raise")
-    except Exception as error:  # each store has its own
-        raise OSError(f"{urls[0]}: {type(error).__name__}: {error}") from error
-    return [_whole(block, size, url) for url, block, size in zip(urls, blocks, sizes, strict=True)]
-
-
-def _whole(block: bytes, size: int, url: str) -> bytes:
-    if len(block) != size:
-        raise OSError(f"{url}: {len(block)} of {size} bytes were there; the shard is shorter than when it was indexed")
-    return block
+def _whole(block: bytes | OSError, size: int, url: str) -> bytes | OSError:
+    if isinstance(block, OSError) or len(block) == size:
+        return block
+    return OSError(f"{url}: {len(block)} of {size} bytes were there; the shard is shorter than when it was indexed")

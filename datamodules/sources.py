@@ -20,15 +20,16 @@ from datamodules.shards import ShardReader
 from datamodules.tar_index import Shard, open_index
 from mmtrain.config_errors import UserError
 
+UNREADABLE_SHARD = "unreadable_shard"  # what samples are counted under whose shard is gone, or cut
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 
 
 class UnusableSample(ValueError):
-    """A sample that cannot be used; `reason` is a short name to count by."""
+    """A sample that cannot be used; `reason` is a short name to count by, `detail` tells a reader more."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 @dataclass
@@ -50,6 +51,28 @@ class Source(Protocol):
 
     def read(self, samples: Sequence[int]) -> list[Sample | UnusableSample]:
         """The samples, or for each that cannot be used the reason."""
+
+
+def substitute(sample: int, reason: str, shard_starts: np.ndarray | None, num_samples: int) -> int:
+    """The sample that is tried next in place of one that cannot be used.
+
+    The next one; but where a whole shard cannot be read, one of the next shard, and each of its samples another one.
+
+    Args:
+        shard_starts: [number of shards + 1], where the samples of the shards begin; None without shards.
+
+    Example:
+        >>> starts = np.array([0, 4, 9])
+        >>> substitute(1, "empty_caption", starts, 9), substitute(1, UNREADABLE_SHARD, starts, 9)
+        (2, 5)
+    """
+    if reason != UNREADABLE_SHARD or shard_starts is None:
+        return (sample + 1) % num_samples
+    after = np.searchsorted(shard_starts, sample, side="right")
+    within = sample - shard_starts[after - 1]
+    first = shard_starts[after] % num_samples
+    size = shard_starts[np.searchsorted(shard_starts, first, side="right")] - first
+    return int(first + within % size)
 
 
 class ShardSource:
@@ -116,16 +139,12 @@ class ShardSource:
         return len(self.samples)
 
     def read(self, samples: Sequence[int]) -> list[Sample | UnusableSample]:
-        places = self.samples[np.asarray(samples, np.int64)]
-        try:
-            contents = self.reader.read(places)
-        except OSError:
-            if len(places) > 1:  # find out which one it is
-                return [self.read([s])[0] for s in samples]
-            return [UnusableSample("unreadable_shard")]
+        contents = self.reader.read_each(self.samples[np.asarray(samples, np.int64)])
         return [self._sample(c) for c in contents]
 
-    def _sample(self, content: dict[str, bytes]) -> Sample | UnusableSample:
+    def _sample(self, content: dict[str, bytes] | OSError) -> Sample | UnusableSample:
+        if isinstance(content, OSError):
+            return UnusableSample(UNREADABLE_SHARD, str(content))
         sample = Sample(content["image"])
         try:
             for name, spec in self.fields.items():

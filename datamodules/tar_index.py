@@ -19,12 +19,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import IO
 
-import fsspec
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datamodules.paths import cache_folder, is_remote
+from datamodules.stores import open_store, patiently
 from mmtrain.config_errors import UserError
 
 MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("extension", "<i2")])
@@ -103,7 +103,19 @@ def scan_shard(url: str) -> tuple[Shard, list[list[tuple[str, int, int]]]]:
     Broken blocks are stepped over, so that good samples behind them are found. Members that reach past the end of
     the file are dropped with their sample. Problems counted: empty_file, not_a_tar, broken_header, duplicate_member,
     cut_sample, no_end_marker (the tar was cut, or its writer was killed), fewer_than_stats.
+
+    Raises:
+        UserError: a remote shard is not there, may not be read, or its store does not answer.
     """
+    if not is_remote(url):
+        return _scan(url)
+    try:
+        return patiently(url, lambda: _scan(url))
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def _scan(url: str) -> tuple[Shard, list[list[tuple[str, int, int]]]]:
     with _open(url) as (file, size):
         problems: Counter[str] = Counter()
         samples = _scan_members(file, size, problems)
@@ -128,7 +140,7 @@ class _open:
 
     def __enter__(self) -> tuple[IO[bytes], int]:
         if is_remote(self.url):
-            fs, path = fsspec.core.url_to_fs(self.url)
+            fs, path = open_store(self.url)
             self.file, size = fs.open(path, "rb", block_size=2**22, cache_type="readahead"), fs.size(path)
         else:
             self.file, size = open(self.url, "rb"), os.path.getsize(self.url)
@@ -183,9 +195,13 @@ def _ends_with_marker(file: IO[bytes], size: int) -> bool:
 def _expected_count(url: str) -> int | None:
     stats = url.removesuffix(".gz").removesuffix(".tar") + "_stats.json"
     try:
-        with fsspec.open(stats, "rt") as file:
-            return int(json.load(file)["successes"])
-    except Exception:  # optional, and each object store has its own way to say that there is none
+        if is_remote(stats):
+            fs, path = open_store(stats)
+            content = patiently(stats, lambda: fs.cat_file(path))
+        else:
+            content = Path(stats).read_bytes()
+        return int(json.loads(content)["successes"])
+    except (OSError, ValueError, KeyError, TypeError):  # optional
         return None
 
 

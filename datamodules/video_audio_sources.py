@@ -17,7 +17,7 @@ import numpy as np
 
 from datamodules.paths import expand_shards, is_remote, unpacked
 from datamodules.shards import ShardReader
-from datamodules.sources import UnusableSample
+from datamodules.sources import UNREADABLE_SHARD, UnusableSample
 from datamodules.tar_index import ShardIndex, open_index
 from datamodules.video_audio_shards import SOURCE_FILE, decode_strip, decode_wav
 from datamodules.video_audio_windows import stored_mel_frames
@@ -178,12 +178,12 @@ class ReleasedShards:
         if is_remote(shard.url):
             return by_place
         offset = int(self.index.members["offset"][self.index.first_member[sample]])
-        with open(shard.url, "rb") as file:
-            file.seek(offset - tarfile.BLOCKSIZE)
-            try:
+        try:
+            with open(shard.url, "rb") as file:
+                file.seek(offset - tarfile.BLOCKSIZE)
                 member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-            except tarfile.TarError:
-                return by_place
+        except (OSError, tarfile.TarError):
+            return by_place
         return member.name.rpartition("/")[2].partition(".")[0]
 
 
@@ -340,12 +340,8 @@ def _shard_counts(index: ShardIndex, samples: int, incomplete: int) -> dict[str,
 
 
 def _read_each(reader: ShardReader, places: np.ndarray) -> list[dict[str, bytes] | UnusableSample]:
-    try:
-        return list(reader.read(places))
-    except OSError:
-        if len(places) > 1:  # find out which one it is
-            return [_read_each(reader, places[i : i + 1])[0] for i in range(len(places))]
-        return [UnusableSample("unreadable_shard")]
+    contents = reader.read_each(places)
+    return [UnusableSample(UNREADABLE_SHARD, str(c)) if isinstance(c, OSError) else c for c in contents]
 
 
 def _array(content: bytes) -> np.ndarray:

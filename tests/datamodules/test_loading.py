@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from datamodules import loading
 from datamodules.image_text import ImageTextDataset
 from datamodules.loading import Draw, EvaluationLoader, TrainLoader, epoch_order
 from datamodules.pictures import Pictures
@@ -262,3 +263,84 @@ def test_shard_boundaries_follow_the_usable_samples(tmp_path: Path, source) -> N
     del samples[4]["txt"]
     paths = [str(write_shard(tmp_path / f"{i}.tar", samples[3 * i : 3 * i + 3], stats=False)) for i in range(2)]
     np.testing.assert_array_equal(ShardSource(paths, max_lost=1.0).shard_starts, [0, 2, 4])
+
+
+# ------------------------------------------------------------------------------------------------ a thousand processes
+
+MILLIONS = 3_300_000  # CC3M, in as many shards
+SHARDS = np.linspace(0, MILLIONS, 577).astype(np.int64) - np.arange(577) % 7 * (np.arange(577) % 576 > 0)
+PER_PROCESS, BATCH = 32, 32 * 1024
+
+
+class Numbers(torch.utils.data.Dataset):
+    """As many samples, of which only the numbers are read."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, draws: list[Draw]) -> dict:
+        return {"sample": np.array([draw.sample for draw in draws]), "skipped": {}}
+
+
+@pytest.fixture
+def one_order(monkeypatch) -> None:
+    """All processes of this simulation compute an epoch's order; here once for all."""
+    orders: dict[tuple, np.ndarray] = {}
+
+    def remembered(*arguments: object) -> np.ndarray:
+        key = (arguments[1], arguments[2], arguments[4])
+        if key not in orders:
+            orders[key] = epoch_order(*arguments)
+        return orders[key]
+
+    monkeypatch.setattr(loading, "epoch_order", remembered)
+
+
+def read_by_all(world_size: int, shuffle_shards: int | None, state: dict | None = None) -> np.ndarray:
+    """Samples [processes, batches, samples of a process] of epoch 3, or of what is left of it."""
+    found = []
+    for rank in range(world_size):
+        options = {"seed": 5, "rank": rank, "world_size": world_size, "shard_starts": SHARDS}
+        loader = TrainLoader(Numbers(MILLIONS), BATCH, shuffle_shards=shuffle_shards, **options)
+        if state:
+            loader.load_state_dict(state)
+        loader.sampler.set_epoch(3)
+        found.append(np.array([[draw.sample for draw in draws] for draws in loader.sampler]))
+    return np.stack(found)
+
+
+def test_a_thousand_processes_share_the_samples_out(one_order) -> None:
+    read = read_by_all(1024, 16)
+    assert read.shape == (1024, MILLIONS // BATCH, PER_PROCESS), "each process has as many batches of as many samples"
+    counts = np.bincount(read.ravel(), minlength=MILLIONS)
+    assert counts.max() == 1 and counts.sum() == MILLIONS // BATCH * BATCH, "a sample came twice"
+    alone = epoch_order(MILLIONS, 5, 3, SHARDS, 16)[: counts.sum()]
+    np.testing.assert_array_equal(read.transpose(1, 0, 2).ravel(), alone)  # what one process would read, in its order
+    shards = np.searchsorted(SHARDS, read[:, 10], side="right")
+    assert len(np.unique(shards)) <= 2 * 16, "all processes read from the shards of one or two groups at a time"
+
+
+@pytest.mark.parametrize("now", [256, 2048])
+def test_a_thousand_processes_become_others_in_mid_epoch(one_order, now) -> None:
+    first = TrainLoader(Numbers(MILLIONS), BATCH, seed=5, rank=1023, world_size=1024, shard_starts=SHARDS)
+    first.sampler.set_epoch(3)
+    for _, _batch in zip(range(90), first, strict=False):
+        pass
+    state = first.state_dict()
+    assert (state["epoch"], state["position"]) == (3, 90)
+    read = read_by_all(now, None, state)
+    assert read.shape == (now, 10, BATCH // now)
+    left = epoch_order(MILLIONS, 5, 3)[90 * BATCH : 100 * BATCH]
+    np.testing.assert_array_equal(read.transpose(1, 0, 2).ravel(), left)
+
+
+def test_a_thousand_processes_evaluate_every_sample() -> None:
+    total = 50_003
+    ranks = [list(EvaluationLoader(Numbers(total), 16, rank, 1024)) for rank in range(1024)]
+    assert {len(batches) for batches in ranks} == {4}, "processes take part in equally many steps"
+    counts = np.bincount(np.concatenate([batch["sample"] for batches in ranks for batch in batches]), minlength=total)
+    assert counts.min() == 1 and counts.sum() - total == -total % 1024  # the short ones repeat the last sample
+    assert (counts[:-1] == 1).all()
