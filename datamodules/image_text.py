@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,12 +14,13 @@ from datamodules.benchmarks import benchmark_sets
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.loading import Draw, EvaluationLoader, TrainLoader, place
 from datamodules.pictures import Pictures
-from datamodules.sources import Columns, CsvSource, Sample, ShardSource, Source, UnusableSample, is_csv
+from datamodules.sources import Columns, CsvSource, Sample, ShardSource, Source, UnusableSample, is_csv, substitute
 from datamodules.subset import NestedSubset
+from datamodules.synthetic import write_pairs
 from datamodules.transforms import UnreadablePicture, decode
 from mmtrain.config_errors import UserError
 
-SUBSTITUTES = 64  # neighbours tried in place of a training sample that cannot be used
+SUBSTITUTES = 64  # others tried in place of a training sample that cannot be used
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
@@ -57,19 +59,22 @@ class ImageTextDataset(torch.utils.data.Dataset):
     def _load(
         self, draw: Draw, sample: Sample | UnusableSample, skipped: Counter
     ) -> tuple[Draw, Tensor, Sample] | None:
-        for step in range(SUBSTITUTES + 1):
-            if step:
-                (sample,) = self.source.read([(draw.sample + step) % len(self.source)])
+        number = draw.sample
+        for _ in range(SUBSTITUTES + 1):
             try:
                 if isinstance(sample, UnusableSample):
                     raise sample
                 picture = sample.image if isinstance(sample.image, Tensor) else decode(sample.image)
                 return draw, self._view(picture, draw), sample
-            except (UnusableSample, UnreadablePicture) as problem:
-                skipped[problem.reason] += 1
+            except (UnusableSample, UnreadablePicture) as error:
+                problem = error
+            skipped[problem.reason] += 1
             if not self.training:
                 return None
-        raise UserError(f"{SUBSTITUTES + 1} samples in a row cannot be used: {dict(skipped)}")
+            number = substitute(number, problem.reason, self.source.shard_starts, len(self.source))
+            (sample,) = self.source.read([number])
+        last = f"; the last: {detail}" if (detail := getattr(problem, "detail", "")) else ""
+        raise UserError(f"{SUBSTITUTES + 1} samples in a row cannot be used: {dict(skipped)}{last}")
 
     def _view(self, picture: Tensor, draw: Draw) -> Tensor:
         if self.training:
@@ -125,6 +130,17 @@ class ImageTextDataModule(pl.LightningDataModule):
         max_lost: share of samples that may be missing or unreadable before training stops, in [0, 1].
         eval_batch_size: pictures a process takes at a time in evaluation.
     """
+
+    @staticmethod
+    def stand_in(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+        """Settings that put made-up pairs, 256 px as CC3M is stored, in the place of data that are not at hand.
+
+        Args:
+            folder: where they are written.
+            given: the config's settings.
+        """
+        extra = {"extra_captions": "json:captions"} if given.get("extra_captions") else {}
+        return {"train": write_pairs(folder, [64], size=256), "captions": "txt", "subset": None, **extra}
 
     def __init__(
         self,
