@@ -200,7 +200,8 @@ def run_settings(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, A
             "precision": trainer.precision,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "gradient_clip_val": trainer.gradient_clip_val,
-            "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+            # an enumeration where it is set, which a file of plain types must not hold
+            "gradient_clip_algorithm": getattr(trainer.gradient_clip_algorithm, "value", None),
             "limit_train_batches": trainer.limit_train_batches,
         },
     }

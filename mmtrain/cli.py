@@ -25,7 +25,7 @@ from mmtrain.config_rejections import Rejection, check_groups, check_sections, e
 from mmtrain.loggers import default_logger
 from mmtrain.preemption import leaving_at_once
 from mmtrain.run_folder import SaveConfig, check_writable, move_aside
-from mmtrain.watchdog import die_with_launcher, is_lost_process
+from mmtrain.watchdog import LAUNCHER, die_with_launcher, is_lost_process
 
 WRAPPED = re.compile(r"Does not validate against any of the Union subtypes|Problem with given class_path")
 
@@ -153,8 +153,6 @@ class CLI(LightningCLI):
         # only now, when model and data could be made: a mistake there must not move a run away
         if fresh and folder and is_first_process() and (aside := move_aside(folder)):
             say_once(f"{folder} held an earlier run: moved to {aside}")
-        if folder and is_first_process() and not (trainer.fast_dev_run or self.only_build):
-            check_writable(folder)
         if trainer.logger is False and trainer.callbacks:
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, LearningRateMonitor)]  # it insists
         if trainer.logger is None and not trainer.fast_dev_run:
@@ -164,6 +162,8 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:  # for example an unknown strategy or precision
             raise UserError(f"trainer: {error}") from error
+        if folder and is_first_process() and not (trainer.fast_dev_run or self.only_build):
+            check_writable(folder)
         # Lightning's handler of SIGTERM broadcasts from inside a signal, and that of SIGUSR1 leaves files behind that a
         # later run would load; `Preemption` does what is needed
         trainer._signal_connector.register_signal_handlers = lambda: None
@@ -179,17 +179,19 @@ def run(verb: str, layer: Layer) -> None:
     """
     quiet()
     die_with_launcher()
-    with leaving_at_once() if verb == "fit" else contextlib.nullcontext():
-        try:
+    try:
+        with leaving_at_once() if verb == "fit" else contextlib.nullcontext():
             CLI(verb, layer)
-        except RuntimeError as error:
-            if is_lost_process(error):
-                reason = clip(str(error).strip().splitlines()[-1], 200)
-                raise SystemExit(
-                    f"rank {distributed.rank()}: another process is gone or does not answer ({reason}); "
-                    "the last checkpoint is sound, go on with --ckpt_path last"
-                ) from error
+    except RuntimeError as error:
+        if not is_lost_process(error):
             raise
+        reason = clip(str(error).strip().splitlines()[-1], 200)
+        raise SystemExit(
+            f"rank {distributed.rank()}: another process is gone or does not answer ({reason}); "
+            "the last checkpoint is sound, go on with --ckpt_path last"
+        ) from error
+    finally:
+        os.environ.pop(LAUNCHER, None)  # what else this process starts is no part of the run
 
 
 def build(layer: Layer) -> tuple[Trainer, LightningModule, LightningDataModule | None]:

@@ -45,6 +45,7 @@ class AdamWSettings:
         # sharded parameters in one operation: how DTensors share out an operation is found out anew for each
         fused = True if any(isinstance(p, DTensor) for p in module.parameters()) else None
         optimizer = AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)
+        optimizer._step_supports_amp_scaling = False  # of float16 only; Lightning would not clip gradients with it
         per_epoch, total = training_steps(module.trainer)
         if self.schedule == "onecycle":
             schedule = OneCycleLR(optimizer, self.lr, total_steps=total, pct_start=0.1)

@@ -274,10 +274,10 @@ def sharded_state(optimizer: Optimizer, content: Mapping[str, Any]) -> dict[str,
 
 
 class Compile(pl.Callback):
-    """`fit` compiles the model block by block with torch.compile, in place, so that checkpoints do not change.
+    """Compiles training steps block by block with torch.compile, in place, so that checkpoints do not change.
 
     Blocks of the same class and sizes share their code. The first steps take minutes with "inductor", which pays in
-    long trainings on a GPU; numbers differ from uncompiled ones by rounding.
+    long trainings on a GPU; numbers differ from uncompiled ones by rounding. Evaluations are not compiled.
 
     Args:
         backend: of torch.compile. "aot_eager" only traces: for looking for what cannot be compiled.
@@ -302,8 +302,16 @@ class Compile(pl.Callback):
             return
         blocks = [block for block in blocks_of(pl_module, "Compile") if list(block.children())]  # no single layers
         config = torch._dynamo.config
-        # all blocks count as one function, which is left uncompiled after so many versions; each has some of its own,
-        # for training, for evaluation and for the last batch of a set
-        config.recompile_limit = max(config.recompile_limit, 8 * len(blocks))
+        # all blocks count as one function, which is left uncompiled after so many versions; one may have several
+        config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
         for block in blocks:
             block.compile(backend=self.backend, mode=self.mode, dynamic=self.dynamic)
+
+    def _run_as_written(self, *_: Any) -> None:
+        torch.compiler.set_stance("force_eager")  # compiling for batches of many sizes takes longer than it saves
+
+    def _run_compiled(self, *_: Any) -> None:
+        torch.compiler.set_stance("default")
+
+    on_validation_start = on_test_start = on_predict_start = _run_as_written
+    on_validation_end = on_test_end = on_predict_end = on_exception = _run_compiled

@@ -116,7 +116,8 @@ class Throughput(pl.Callback):
         device, loader = pl_module.device, trainer.train_dataloader
         if isinstance(self._end, torch.cuda.Event):
             self._end.synchronize()
-        times = np.array([[times_of(batch) for batch in step] for step in self._window]).sum(1)  # [steps, 2]
+        # [steps, 2]; the last step of an epoch may have fewer batches
+        times = np.array([np.sum([times_of(batch) for batch in step], axis=0) for step in self._window])
         num_batches = sum(len(step) for step in self._window)
         self._window = []
         own = torch.tensor([[times[:, 0].sum(), self._host_memory(), gpu_memory(device)]], device=device)

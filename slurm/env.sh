@@ -39,11 +39,12 @@ if nvidia-smi -L >/dev/null 2>&1; then LAYER=cluster; else LAYER=cluster_cpu; fi
 # Runs `python -m mmtrain WORDS` in every process of the job and returns its exit code; signals that reach the batch
 # script are handed on.
 in_all_processes() {
+  local step="" told=0 code
+  trap '[ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
+  trap 'told=143; [ -z "$step" ] || kill -TERM "$step" 2>/dev/null' TERM
   srun --kill-on-bad-exit=1 --output="$LOGS/rank-%t.log" --error="$LOGS/rank-%t.log" --open-mode=append \
     "$PYTHON" -m mmtrain "$@" &
-  local step=$! told=0 code
-  trap "kill -USR1 $step 2>/dev/null" USR1
-  trap "told=143; kill -TERM $step 2>/dev/null" TERM
+  step=$!
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done # `wait` also ends when a signal was handed on
   wait "$step"
   code=$?

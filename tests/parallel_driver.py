@@ -24,7 +24,7 @@ import torch
 import mmtrain.cli  # noqa: F401
 from mmtrain.__main__ import main
 
-LIMIT = 120.0  # seconds for a run
+LIMIT = 400.0  # seconds for a run
 WARM = (
     "torch._dynamo",
     "mmtrain.parallel",

@@ -369,6 +369,7 @@ def test_other_exceptions_keep_their_type_though_jsonargparse_wraps_them(folder:
 
 def test_exit_code_raised_inside_training_comes_out(folder: Path) -> None:
     assert main(["fit", "-c", "tiny", "--trainer.callbacks.0.exit_code", "143"]) == 143
+    assert "MMTRAIN_LAUNCHER" not in os.environ, "what is started afterwards is no part of the run"
 
 
 def test_real_process_interrupted_and_mistaken(folder: Path) -> None:

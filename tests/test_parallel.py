@@ -125,10 +125,12 @@ def test_sharded_training_is_ddps_and_goes_on_either_way(tmp_path: Path) -> None
         ("rankclip", ("--model", "mmtrain.rankclip.module.Clip"), 1e-5),
         ("rankclip", ("--model.micro_batch", "3", "--trainer.gradient_clip_algorithm", "value"), 1e-5),
         ("rankclip", ("--trainer.precision", "bf16-mixed"), 1e-5),
-        ("cavp", (), 1e-5),
-        ("cavp", ("--model.gradient_checkpointing", "true"), 1e-5),
+        # so narrow, the network turns rounding into other gradients within a few steps of the usual size
+        ("cavp", ("--model.optim.lr", "1e-5"), 1e-5),
+        ("cavp", ("--model.optim.lr", "1e-5", "--model.gradient_checkpointing", "true"), 1e-5),
         ("ldm", (), 1e-5),
-        ("ldm", ("--trainer.precision", "bf16-mixed", "--model.network.gradient_checkpointing", "true"), 1e-4),
+        # bfloat16 has 8 bits, and convolutions may be summed in another order
+        ("ldm", ("--trainer.precision", "bf16-mixed", "--model.network.gradient_checkpointing", "true"), 5e-4),
         ("latent_policy", ("--trainer.accumulate_grad_batches", "2"), 1e-5),
         ("storyweaver", (), 1e-5),
         ("storyweaver", ("--model.trains", "full", "--model.gradient_checkpointing", "true"), 1e-5),

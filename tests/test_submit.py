@@ -19,7 +19,7 @@ FAKE_TOOLS = {
     "sbatch": FAKE_SBATCH,
     "srun": """#!/bin/bash
 echo "cores=$SRUN_CPUS_PER_TASK $@" >> "$(dirname "$0")/calls"
-[ -n "$CUT_OFF" ] && kill -TERM $PPID
+[ -n "$CUT_OFF" ] && { trap "exit 0" TERM; sleep 0.2; kill -TERM $PPID; sleep 30 >&- 2>&- & wait; }
 exit "$CODE"
 """,
     "scontrol": '#!/bin/bash\n[ "$1" = show ] && echo first-host || echo "scontrol $@" >> "$(dirname "$0")/calls"\n',
