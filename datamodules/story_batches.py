@@ -101,12 +101,18 @@ class PictureStore:
         wanted, faults = sorted(set(indices)), Faults()
         pictures = torch.empty(len(wanted), 3, *self.size, dtype=torch.uint8)
 
-        def read(row: int) -> None:
-            with faults.collected():
+        def read(row: int) -> StoryFault | None:
+            try:
                 pictures[row] = self._read(wanted[row])
+            except StoryFault as fault:
+                return fault
+            return None
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for done, _ in enumerate(pool.map(read, range(len(wanted))), start=1):
+            for done, fault in enumerate(pool.map(read, range(len(wanted))), start=1):
+                with faults.collected():  # here, in the order of the pictures
+                    if fault is not None:
+                        raise fault
                 if progress is not None:
                     progress(done, len(wanted))
         faults.tell()

@@ -187,12 +187,14 @@ def test_flops_are_those_that_torch_counts(clock, monkeypatch) -> None:
 
 def test_memory_is_that_of_the_process_and_its_children() -> None:
     psutil = pytest.importorskip("psutil")
-    own = psutil.Process().memory_info().rss / 2**30
+    this = psutil.Process()
+    own = this.memory_info().rss / 2**30
+    children = sum(child.memory_info().rss for child in this.children(recursive=True)) / 2**30  # of other tests
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("no /proc")
     ballast = torch.ones(2**26)  # 256 MiB
     found = throughput.host_memory()
-    assert own * 0.5 + 0.25 < found < own * 1.1 + 0.3
+    assert own * 0.3 + 0.25 < found < (own + children) * 1.1 + 0.3
     del ballast
 
 
