@@ -1,6 +1,6 @@
 """LightningModules of the diffusion policies: what they share, and RDP's slow latent policy. DP: `dp.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -294,20 +294,20 @@ class LatentDiffusionPolicy(PolicyModule):
 
     @torch.no_grad()
     def _training_latents(self) -> np.ndarray:
-        """Latents [windows * steps, channels] of all training windows."""
+        """Latents [windows * steps, channels] of all training windows, the same numbers on every process."""
         devices = [self.device] if self.device.type == "cuda" else []
         convert = self.trainer.precision_plugin.convert_input
         with torch.random.fork_rng(devices):  # a resumed run does not come here, and must draw the same numbers
             torch.manual_seed(0)
             latents = [
-                self._latent(convert(move_data_to_device(batch, self.device))).flatten(0, 1).cpu()
+                self._latent(convert(move_data_to_device(batch, self.device)), torch.randn_like).flatten(0, 1).cpu()
                 for batch in self.trainer.datamodule.training_windows()
             ]
         return torch.cat(latents).numpy()
 
-    def _latent(self, batch: dict[str, Any]) -> Tensor:
-        """Latent of a batch's actions, [B, L, channels]."""
-        return self.tokenizer.latent(*self.tokenizer.normalised(batch), self.latent_target).transpose(1, 2)
+    def _latent(self, batch: dict[str, Any], normal: Callable[[Tensor], Tensor] = distributed.normal_like) -> Tensor:
+        """Latent of a batch's actions, [B, L, channels]; `normal` draws what "sample" adds."""
+        return self.tokenizer.latent(*self.tokenizer.normalised(batch), self.latent_target, normal).transpose(1, 2)
 
     def target(self, batch: dict[str, Any]) -> Tensor:
         with torch.no_grad():

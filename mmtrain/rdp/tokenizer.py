@@ -1,5 +1,6 @@
 """The fast policy as a LightningModule: an asymmetric tokenizer of action chunks."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -100,13 +101,22 @@ class Tokenizer(pl.LightningModule):
         parts = [self.normalizer.normalise(key, batch["touch"][key]) for key in self.spec.touch_inputs]
         return action, torch.cat(parts, -1) if parts else action.new_zeros(*action.shape[:2], 0)
 
-    def latent(self, action: Tensor, touch: Tensor, target: Literal["mean", "sample"]) -> Tensor:
-        """Latent [B, latent_dim, L] of normalised actions [B, H, A]; "vq" has no other than its quantized form."""
+    def latent(
+        self,
+        action: Tensor,
+        touch: Tensor,
+        target: Literal["mean", "sample"],
+        normal: Callable[[Tensor], Tensor] = distributed.normal_like,
+    ) -> Tensor:
+        """Latent [B, latent_dim, L] of normalised actions [B, H, A]; "vq" has no other than its quantized form.
+
+        `normal` draws for "sample": by default for this process's part of a batch.
+        """
         moments = self.network.encode(action, touch)
         if self.settings.quantizer == "vq":
             return self.network.quantize(moments)[0]
         mean, logvar = self.network.moments(moments)
-        return mean if target == "mean" else mean + (0.5 * logvar).exp() * distributed.normal_like(mean)
+        return mean if target == "mean" else mean + (0.5 * logvar).exp() * normal(mean)
 
     def losses(self, batch: dict[str, Any], sampled: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss, its parts, and the decoded normalised actions; `sampled` draws the latent, as training does."""

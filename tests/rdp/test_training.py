@@ -1,11 +1,14 @@
 """Both stages train, resume exactly, hold together in one checkpoint, and refuse what does not belong together."""
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 
+from mmtrain import distributed
 from mmtrain.checkpoint import AtomicCheckpointIO
 from mmtrain.config_errors import UserError
+from mmtrain.normaliser import limits
 from mmtrain.rdp.dp import DiffusionPolicy
 from mmtrain.rdp.module import LatentDiffusionPolicy
 from mmtrain.rdp.tokenizer import Tokenizer, TokenizerSettings
@@ -74,6 +77,17 @@ def test_the_latent_of_the_training_data_is_normalised(tokenizer_checkpoint, tmp
     train(tmp_path, policy, data, 1)
     targets = torch.cat([policy.target(batch) for batch in data.training_windows()])
     assert targets.amin() == pytest.approx(-1, abs=1e-4) and targets.amax() == pytest.approx(1, abs=1e-4)
+
+
+def test_limits_of_a_drawn_latent_are_the_same_on_every_process(tokenizer_checkpoint, tmp_path, monkeypatch) -> None:
+    policy = latent_policy(tokenizer_checkpoint, latent_target="sample")
+    train(tmp_path, policy, data_of(tokenizer_checkpoint.parents[2]), 1)
+    one = policy.normalizer.affine("latent")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shared = limits(policy._training_latents())
+        assert np.array_equal(shared.scale, one.scale) and np.array_equal(shared.offset, one.offset)
 
 
 def test_stages_that_do_not_belong_together_are_refused(tokenizer_checkpoint, tmp_path) -> None:
