@@ -17,6 +17,7 @@ from datamodules.episode_writer import EpisodeWriter
 from datamodules.episodes import EpisodeStore, LabelLookahead, split_episodes
 from datamodules.loading import EvaluationLoader, TrainLoader, place
 from datamodules.robot_windows import RobotWindows, WindowDataset
+from datamodules.synthetic_episodes import SyntheticDemonstrations
 from mmtrain.config_errors import UserError
 from mmtrain.normaliser import Affine
 from mmtrain.robot_tasks import Method, Task, Touch, Vision, policy_spec
@@ -24,6 +25,7 @@ from mmtrain.robot_tasks import Method, Task, Touch, Vision, policy_spec
 VARIATIONS = {"peel": ("none", "before", "after"), "wipe": ("none", "before", "after"), "lift": ("soft", "hard")}
 VALIDATION = "validation"
 STATISTICS_BATCH = 256
+RELEASED_SIZE = (240, 320)  # height and width of the released stores' pictures
 
 
 class DemonstrationSource(Protocol):
@@ -73,6 +75,18 @@ class RobotDataModule(pl.LightningDataModule):
     Raises:
         UserError: no store and no demonstrations, a store made by others or of another task, bad data.
     """
+
+    @staticmethod
+    def stand_in(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+        """Settings that put made-up episodes, pictures as large as the released ones, in the place of absent data.
+
+        Args:
+            folder: where they are written.
+            given: the config's settings.
+        """
+        episodes = SyntheticDemonstrations(given["task"], images=given.get("images", True), size=RELEASED_SIZE)
+        write_demonstrations(folder / "episodes.zarr", episodes)
+        return {"path": str(folder / "episodes.zarr"), "demonstrations": None}
 
     def __init__(
         self,

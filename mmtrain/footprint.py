@@ -172,7 +172,8 @@ def measure(names: list[str], settings: list[tuple[str, str]]) -> Footprint:
         try:
             small = run_few(names, settings, FEW[0], root)
         except UserError as error:
-            say_once(f"the data are not at hand ({str(error).splitlines()[0]}): made-up ones stand in")
+            why = str(error).splitlines()[0]
+            say_once(f"the data are not at hand ({why}): made-up ones stand in; --samples tells how many there are")
             settings = [*settings, *stand_in_settings(names, settings, root / "data", error)]
             small = run_few(names, settings, FEW[0], root)
         large = run_few(names, settings, FEW[1], root)

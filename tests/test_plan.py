@@ -112,6 +112,17 @@ def test_the_verb_prints_a_table_and_json_and_refuses_what_cannot_be(capsys, tmp
         assert said in capsys.readouterr().err
 
 
+def test_made_up_episodes_stand_in_for_those_that_are_not_at_hand(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "-c", "rdp_at_peel", "--gpus-per-node", "1", "--samples", "6400", "--json"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert "data/peel.zarr does not exist" in printed.err and "--samples" in printed.err
+    found = json.loads(printed.out[printed.out.index("{\n") :])
+    assert found["trial"]["parameters"] == 8588 and found["plan"]["steps"] % 100 == 0
+    assert not (tmp_path / "data").exists(), "what was made up is not left behind"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", list(CASES))
