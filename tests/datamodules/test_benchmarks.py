@@ -17,6 +17,8 @@ from datamodules.synthetic import jpeg, pairs, picture, write_shard
 from datamodules.torchvision_sets import TorchvisionSource, torchvision_path
 from mmtrain.config_errors import UserError
 
+SHORT = Pictures(16, context_length=8)  # one setting, since the 80,000 prompts of ImageNet take seconds to tokenize
+
 
 def put(path: Path, label: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +88,7 @@ def test_what_is_there_is_found_and_the_rest_told_with_its_place(root: Path) -> 
 
 
 def test_the_data_module_tests_on_what_is_there(root: Path) -> None:
-    data = ImageTextDataModule(
-        train="unused.tar", benchmarks=str(root), pictures=Pictures(16, context_length=8), eval_batch_size=64
-    )
+    data = ImageTextDataModule(train="unused.tar", benchmarks=str(root), pictures=SHORT, eval_batch_size=64)
     data.setup("test")
     assert data.loader_names == [
         "imagenet", "imagenetv2_matched", "imagenet_r", "coco", "cifar10", "cifar10/train", "svhn", "svhn/train",
@@ -107,21 +107,22 @@ def test_the_data_module_tests_on_what_is_there(root: Path) -> None:
     assert batches["fashion_mnist/train"]["label"].tolist() == [*range(10)] * 2
     assert batches["fashion_mnist"]["image"].shape == (10, 3, 16, 16)
     # training's evaluations do not touch any of it
-    data = ImageTextDataModule(train="unused.tar", benchmarks=str(root), evaluate={"mine": data.wanted["imagenet"]})
+    own = {"mine": data.wanted["imagenet"]}
+    data = ImageTextDataModule(train="unused.tar", benchmarks=str(root), evaluate=own, pictures=SHORT)
     data.setup("validate")
     assert data.loader_names == ["mine"] and not data.missing
 
 
 def test_own_sets_go_before_those_found(root: Path) -> None:
     own = EvaluationSet(str(root / "coco/dataset_coco.json"), templates=None, max_captions=5, prompt="a photo of {}")
-    data = ImageTextDataModule(train="unused.tar", benchmarks=str(root), evaluate={"coco": own})
+    data = ImageTextDataModule(train="unused.tar", benchmarks=str(root), evaluate={"coco": own}, pictures=SHORT)
     data.setup("test")
     batch = data.peek("coco", 2)
     assert [len(captions) for captions in batch["caption"]] == [5, 1]
     assert batch["caption"][1] == ["a photo of b"]
     assert torch.equal(batch["text"][5:], data.pictures.tokens(["a photo of b"]))
     loader = dict(zip(data.loader_names, data.test_dataloader(), strict=True))["coco"]
-    plain = ImageTextDataModule(train="unused.tar", benchmarks=str(root))
+    plain = ImageTextDataModule(train="unused.tar", benchmarks=str(root), pictures=SHORT)
     plain.setup("test")
     other = dict(zip(plain.loader_names, plain.test_dataloader(), strict=True))["coco"]
     assert loader.fingerprint() != other.fingerprint(), "features of other captions must not be taken for these"
